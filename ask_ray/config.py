@@ -1,0 +1,313 @@
+"""The one settings tree of ask_ray: typed, bounded, read from YAML and dotted command-line overrides.
+
+Every entry point parses the same tree with :func:`parse`, so a settings file works for all of them. Bounds live beside
+the fields; what spans several fields is checked in :meth:`Settings.check`. Presets are YAML files in
+``ask_ray/presets`` and are named like a file: ``--config paper``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "presets"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class SettingsError(ValueError):
+    """A setting, or a combination of settings, that cannot work. The message names the field and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(Section):
+    """Which run this is and where everything it makes is kept."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run; the same name continues an interrupted run. Unset: made from the time",
+    )
+    storage: str = Field("runs", description="folder or URI under which the run's folder <storage>/<name> is kept")
+    seed: Natural = Field(0, description="seed of weights, shuffling, caption choice, augmentation and k-means")
+
+
+class SoundscapeSettings(Section):
+    """The corpus that needs no download: procedural clips with captions."""
+
+    train: Count = Field(4000, description="training clips")
+    validation: Natural = Field(200, description="validation clips")
+    test: Count = Field(1000, description="test clips")
+    seconds: float = Field(4.0, ge=1, le=60, description="length of a clip in seconds")
+    captions: int = Field(5, ge=1, le=10, description="captions per clip, each phrased differently where possible")
+    max_events: int = Field(3, ge=1, le=3, description="a clip holds 1 to this many sound events")
+    zipf: float = Field(0.5, ge=0, le=4, description="exponent of the long tail of event kinds; 0 makes all equally likely")
+    noise_db: float = Field(-45.0, ge=-90, le=0, description="mean level of the background noise in dB of full scale")
+    seed: Natural = Field(0, description="same seed, same bytes")
+    bank: str | None = Field(
+        None, description="folder of recordings with a caption manifest to compose clips from; unset: synthesised events"
+    )
+
+
+class FolderSettings(Section):
+    """Recordings in a folder, with a manifest of captions."""
+
+    path: str | None = Field(None, description="folder that holds the recordings, relative names in the manifest start here")
+    manifest: str | None = Field(
+        None,
+        description="CSV, JSONL or Parquet with `file_name` and `caption` or `caption_1..n`, optionally `id` and `split`. "
+        "Unset: the only captions.csv, manifest.csv, .jsonl or .parquet in the folder",
+    )
+    validation: Share = Field(0.1, description="share of clips held out for validation when the manifest has no `split`")
+    test: Share = Field(0.2, description="share of clips held out for testing when the manifest has no `split`")
+
+
+class DataSettings(Section):
+    """The corpus: what it is made from, what a usable clip is, how it is read."""
+
+    corpus: Literal["soundscapes", "folder"] = Field("soundscapes", description="where recordings and captions come from")
+    prepared: str = Field("prepared", description="folder or URI that keeps prepared corpora, one sub-folder for each")
+    sample_rate: int = Field(16000, ge=4000, le=48000, description="Hz of the prepared mono waveforms")
+    min_seconds: float = Field(0.1, gt=0, description="shorter clips are set aside")
+    max_seconds: float = Field(
+        10.0, gt=0, description="longer clips are cropped when read: at random in training, from the start elsewhere"
+    )
+    max_rejected: Share = Field(0.1, description="refuse a corpus of which a larger share had to be set aside")
+    shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
+    prepare_tasks: Count = Field(2, description="preparing tasks at once; each takes one CPU")
+    shuffle_clips: Count = Field(8192, description="a worker shuffles its clips in windows of this many")
+    cache_mib: Natural = Field(1024, description="MiB of decoded waveforms a worker keeps in memory")
+    soundscapes: SoundscapeSettings = SoundscapeSettings()
+    folder: FolderSettings = FolderSettings()
+
+
+class ModelSettings(Section):
+    """The two towers and the space they share."""
+
+    audio: Literal["tiny", "resnet38"] = Field("tiny", description="audio tower")
+    text: Literal["tiny", "bert"] = Field("tiny", description="text tower")
+    audio_weights: str | None = Field(None, description="published weights of the audio tower: a file. Unset: from scratch")
+    text_weights: str | None = Field(
+        None, description="published weights of the text tower: a folder or hub id. Unset: from scratch"
+    )
+    dim: int = Field(128, ge=2, le=4096, description="d, the width of the shared embedding space")
+    width: float = Field(1.0, gt=0, le=4, description="scales the hidden widths of towers trained from scratch")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the tiny towers and the projection heads")
+    max_words: int = Field(48, ge=4, le=512, description="longer captions are cut to this many tokens")
+    temperature: float = Field(0.07, gt=0, le=10, description="τ at the start; it is learnt, in [0.01, 10]")
+    freq_mask: Natural = Field(8, description="SpecAugment: widest band masked, in mel bins; 0 switches it off")
+    time_mask: Natural = Field(16, description="SpecAugment: longest stretch masked, in frames; 0 switches it off")
+
+
+class AskSettings(Section):
+    """The method (ASK): what is read from the knowledge base and how it enters the loss."""
+
+    enabled: bool = Field(True, description="false trains plain NT-Xent with the same code and keeps no knowledge base")
+    rho: Share = Field(
+        0.8,
+        description="ρ, the weight of a pair's OWN embedding when knowledge is mixed in; 1 injects nothing. The paper's "
+        "formula uses 0.2; read as an injection ratio, 0.2 would be 0.8 here",
+    )
+    neighbours: Count = Field(10, description="K, entries and prototypes retrieved per embedding")
+    prototypes: Natural = Field(128, description="Nc, k-means prototypes of the knowledge base; 0 keeps none")
+    fine: bool = Field(True, description="read single entries (the fine-grained knowledge base)")
+    coarse: bool = Field(True, description="read prototypes (the coarse-grained knowledge base)")
+    exclude: Literal["self", "batch", "none"] = Field(
+        "self", description="which ids a pair may not retrieve: its own, all of the global batch's, or none"
+    )
+    tau_knowledge: Positive = Field(0.07, description="τ_kb, temperature of the neighbours' weights")
+    reliability: Literal["pair", "neighbour", "both", "off"] = Field(
+        "pair", description="weigh pairs by Ψ, neighbours by cross-modal agreement, both, or neither"
+    )
+    tau_reliability: Positive = Field(0.5, description="τ_Ψ, temperature of the reliability potential Ψ")
+    beta: Share = Field(0.2, description="β, weight of the optimal-transport plan in the targets; 0 switches it off")
+    epsilon: Positive = Field(0.05, description="ε, entropy of the transport plan")
+    transport: Literal["targets", "logits"] = Field("targets", description="where the transport plan enters")
+    negatives: Literal["none", "knowledge", "queue"] = Field(
+        "knowledge", description="out-of-batch negatives: the retrieved neighbours, a cross-batch memory queue, or none"
+    )
+    queue: Count = Field(1024, description="pairs the cross-batch memory queue holds")
+    influence: bool = Field(False, description="measure the out-of-batch influence once an epoch (a diagnostic)")
+
+
+class RefreshSettings(Section):
+    """When the knowledge base is re-encoded, and whether training waits for it."""
+
+    policy: Literal["static", "fixed"] = Field("fixed", description="build once, or re-encode every `interval` epochs")
+    interval: Positive = Field(2.0, description="T, epochs between refreshes; fractions are allowed")
+    mode: Literal["async", "sync"] = Field("async", description="train on while a refresh runs, or wait for it")
+    warmup_epochs: float = Field(1.0, ge=0, description="epochs before the first knowledge base is built and used")
+    poll_steps: Count = Field(4, description="workers agree on the version to use every this many steps")
+    attempts: Count = Field(3, description="a refresh that fails is tried this often in all")
+    backoff_seconds: float = Field(1.0, ge=0, description="pause before the second try; doubled for each one after")
+    timeout_seconds: Positive = Field(3600.0, description="a refresh that takes longer counts as failed")
+
+
+class PoolSettings(Section):
+    """The Ray Data actor pool that re-encodes the knowledge source."""
+
+    min_actors: Count = Field(1, description="encoder actors at least")
+    max_actors: Count = Field(1, description="encoder actors at most")
+    cpus: Positive = Field(0.5, description="CPUs reserved by an encoder actor")
+    gpus: float = Field(0.0, ge=0, description="GPUs reserved by an encoder actor")
+    batch_size: Count = Field(64, description="clips encoded at once")
+    node_labels: dict[str, str] = Field({}, description="encode only on nodes with these labels")
+
+
+class KnowledgeSettings(Section):
+    """The knowledge base: its entries, its index, its life."""
+
+    captions_per_clip: Count = Field(1, description="entries made of a clip: one for each of its first captions")
+    exact_below: Natural = Field(50_000, description="search exactly below this many entries, with inverted lists above")
+    probes: Count = Field(32, description="inverted lists searched per query")
+    drift_probe: Natural = Field(128, description="entries re-encoded once an epoch to measure drift; 0 switches it off")
+    keep: Count = Field(3, description="newest versions kept; versions that a kept checkpoint names are never removed")
+    refresh: RefreshSettings = RefreshSettings()
+    pool: PoolSettings = PoolSettings()
+
+
+class TrainingSettings(Section):
+    """The optimisation, its workers and its checkpoints."""
+
+    epochs: Count = Field(18, description="passes over the training split")
+    batch_size: Count = Field(32, description="pairs per worker and step")
+    workers: Count = Field(2, description="data-parallel workers")
+    cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes one GPU per worker if the cluster has them")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
+    learning_rate: Positive = Field(1e-3, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
+    warmup_share: Share = Field(0.05, description="share of all steps over which the learning rate rises; then cosine")
+    clip_norm: Positive = Field(1.0, description="largest gradient norm")
+    evaluate_every: Natural = Field(3, description="epochs between evaluations on the validation split; 0: never")
+    checkpoint_every: Count = Field(1, description="epochs between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    max_failures: Natural = Field(2, description="times a failed worker group is restarted from its checkpoint")
+
+
+class TrackingSettings(Section):
+    """Where MLflow records runs."""
+
+    enabled: bool = Field(True, description="record with MLflow")
+    uri: str | None = Field(None, description="MLflow tracking URI. Unset: SQLite beside the runs")
+    experiment: str = Field("ask_ray", min_length=1, description="MLflow experiment")
+
+
+class Settings(Section):
+    """All settings of a run."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    ask: AskSettings = AskSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
+    training: TrainingSettings = TrainingSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def check(self) -> Settings:
+        """Refuse combinations that cannot work; each message names the fields."""
+        ask, data = self.ask, self.data
+        if ask.enabled and not (ask.fine or ask.coarse):
+            raise ValueError("ask.fine and ask.coarse are both off: switch one on, or set ask.enabled to false")
+        if ask.enabled and ask.coarse and ask.prototypes == 0:
+            raise ValueError("ask.coarse reads prototypes but ask.prototypes is 0: set it above 0 or ask.coarse to false")
+        if ask.enabled and ask.negatives == "knowledge" and not ask.fine:
+            raise ValueError("ask.negatives=knowledge reads single entries: set ask.fine to true or choose another source")
+        if data.min_seconds > data.max_seconds:
+            raise ValueError("data.min_seconds is above data.max_seconds: no clip could be used")
+        if data.corpus == "folder" and data.folder.path is None:
+            raise ValueError("data.corpus=folder needs data.folder.path: the folder that holds the recordings")
+        if data.folder.validation + data.folder.test >= 1:
+            raise ValueError("data.folder.validation and data.folder.test leave nothing to train on: lower them")
+        if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
+            raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")
+        return self
+
+    def to_yaml(self) -> str:
+        """The settings as a YAML document that ``--config`` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(document: str | dict[str, Any], origin: str = "settings") -> Settings:
+    """Validate a YAML document or a nested mapping.
+
+    Raises:
+        SettingsError: with one line for each field that is wrong; `origin` names the document.
+    """
+    try:
+        values = yaml.safe_load(document) if isinstance(document, str) else document
+        return Settings.model_validate(values or {})
+    except (ValidationError, yaml.YAMLError) as error:
+        raise SettingsError(f"{origin}: {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """A validation error as `field: what is wrong`, a line each."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    rows = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        rows.append(f"{field}: {message}" if field else message)
+    return "\n".join(rows)
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are one message, not the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line for line in message.splitlines() if "For further information visit" not in line]
+        lines += [line.split(". Got value")[-1] for line in message.splitlines() if ". Got value" in line]
+        sys.stderr.write(f"error: {' '.join(line.strip() for line in lines)}\nSee {self.prog} --help for every setting.\n")
+        raise SystemExit(2)
+
+
+def parser(description: str) -> ArgumentParser:
+    """A parser with the whole settings tree; jobs add their own arguments to it.
+
+    ``--config`` takes a YAML file or a preset's name and may be repeated; later ones, and dotted arguments such as
+    ``--ask.rho 0.5``, win. ``--print_config`` prints the tree that results.
+    """
+    made = _Parser(description=description, default_meta=False)
+    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    made.add_argument("--config", action="config", help=f"a YAML file of settings, or a preset: {presets}")
+    for name, field in Settings.model_fields.items():
+        made.add_argument(f"--{name}", type=field.annotation, default=field.default)
+    return made
+
+
+def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Settings, Namespace]:
+    """Parse `arguments` (default: the command line) into the settings and whatever else the job asked for.
+
+    Exits with status 2 and a message that names the field when something is wrong.
+    """
+    given = [_preset(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    found = made.instantiate_classes(made.parse_args(given))
+    try:
+        return Settings(**{name: getattr(found, name) for name in Settings.model_fields}), found
+    except ValidationError as error:
+        made.error(describe(error))
+
+
+def _preset(word: str) -> str:
+    """A preset's name as its file; any other word as it is."""
+    flag, separator, value = word.rpartition("=")
+    path = PRESETS / f"{value}.yaml"
+    named = flag in ("", "--config") and value.isidentifier() and path.exists()
+    return f"{flag}{separator}{path}" if named else word
