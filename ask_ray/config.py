@@ -24,8 +24,16 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
-class SettingsError(ValueError):
+class UserError(Exception):
+    """A problem that whoever runs a job can solve: jobs print the message alone and exit with `status`."""
+
+    status = 1
+
+
+class SettingsError(UserError, ValueError):
     """A setting, or a combination of settings, that cannot work. The message names the field and what to do."""
+
+    status = 2
 
 
 class Section(BaseModel):
@@ -59,7 +67,8 @@ class SoundscapeSettings(Section):
     noise_db: float = Field(-45.0, ge=-90, le=0, description="mean level of the background noise in dB of full scale")
     seed: Natural = Field(0, description="same seed, same bytes")
     bank: str | None = Field(
-        None, description="folder of recordings with a caption manifest to compose clips from; unset: synthesised events"
+        None,
+        description="folder of recordings with a caption manifest to compose clips from; unset: synthesised events",
     )
 
 
@@ -90,7 +99,8 @@ class DataSettings(Section):
     shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
     prepare_tasks: Count = Field(2, description="preparing tasks at once; each takes one CPU")
     shuffle_clips: Count = Field(8192, description="a worker shuffles its clips in windows of this many")
-    cache_mib: Natural = Field(1024, description="MiB of decoded waveforms a worker keeps in memory")
+    cache_mib: Natural = Field(1024, description="MiB of waveforms a worker keeps in memory")
+    loader_processes: Natural = Field(0, description="processes beside each worker that read batches; 0: the worker does")
     soundscapes: SoundscapeSettings = SoundscapeSettings()
     folder: FolderSettings = FolderSettings()
 
@@ -241,6 +251,14 @@ class Settings(Section):
     def to_yaml(self) -> str:
         """The settings as a YAML document that ``--config`` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted names; an empty mapping is a value."""
+    made: dict[str, Any] = {}
+    for key, value in tree.items():
+        made |= flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return made
 
 
 def load(document: str | dict[str, Any], origin: str = "settings") -> Settings:

@@ -1,0 +1,173 @@
+"""Prepared Parquet in, batches of tensors out: shuffled shares for training, plain order for encoding.
+
+Which clips a worker sees in a step follows from the seed, the epoch, the worker's rank and the number of workers alone,
+so a run can be taken up at any step. Shuffling goes by row groups first and then within windows that fit in memory: a
+corpus on remote storage is read about once per epoch, not once per worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ask_ray.config import DataSettings, SettingsError
+from ask_ray.data.corpus import ClipRows, Corpus, Group
+from ask_ray.data.schema import id_number
+
+Tokenise = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch on the host.
+
+    waveforms: (B, S) float32 in [-1, 1], zero-padded; lengths: (B,) int64 samples; words: (B, L) int64 and mask:
+    (B, L) bool; ids: (B,) int64, the clips' :func:`id_number`; captions: (B,) int64, which of a clip's captions.
+    """
+
+    waveforms: Tensor
+    lengths: Tensor
+    words: Tensor
+    mask: Tensor
+    ids: Tensor
+    captions: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def pad(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """int16 waveforms as (B, longest) float32 in [-1, 1], zero-padded, and (B,) int64 lengths."""
+    lengths = torch.tensor([len(one) for one in waveforms], dtype=torch.int64)
+    padded = torch.zeros(len(waveforms), int(lengths.max()))
+    for row, one in enumerate(waveforms):
+        padded[row, : len(one)] = torch.from_numpy(one.astype(np.float32) / 32768.0)
+    return padded, lengths
+
+
+def epoch_order(
+    groups: Sequence[int], seed: int, epoch: int, rank: int, workers: int, window: int
+) -> list[tuple[int, int]]:
+    """The clips a worker sees in an epoch, in order.
+
+    Row groups are put in random order and their rows dealt to the workers as contiguous shares of equal size (what is
+    left over sits out this epoch); each share is shuffled in windows.
+
+    Args:
+        groups: clips in each row group.
+        window: clips shuffled together.
+
+    Returns:
+        (row group, row in it) pairs, the same number for every rank.
+    """
+    shared = np.random.default_rng([seed, epoch])
+    rows = np.concatenate([[(group, row) for row in range(groups[group])] for group in shared.permutation(len(groups))])
+    share = len(rows) // workers
+    mine = rows[rank * share : (rank + 1) * share]
+    own = np.random.default_rng([seed, epoch, rank])
+    shuffled = [own.permutation(mine[start : start + window]) for start in range(0, len(mine), window)]
+    return [(int(group), int(row)) for group, row in np.concatenate(shuffled)]
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """A worker's training batches.
+
+    Every batch holds `batch_size` pairs: a clip with one of its captions, drawn anew each epoch.
+    """
+
+    corpus: Corpus
+    data: DataSettings
+    tokenise: Tokenise
+    batch_size: int
+    seed: int
+    rank: int
+    workers: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch, the same for every rank."""
+        return self.corpus.clips("train") // self.workers // self.batch_size
+
+    def check(self) -> None:
+        """Refuse a batch that the training split cannot fill.
+
+        Raises:
+            SettingsError
+        """
+        if self.steps == 0:
+            raise SettingsError(
+                f"training.batch_size: {self.workers} workers x {self.batch_size} pairs are more than the "
+                f"{self.corpus.clips('train')} clips of the training split: lower training.batch_size or training.workers"
+            )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from step `first` on."""
+        yield from DataLoader(_Epoch(self, epoch, first), batch_size=None, num_workers=self.data.loader_processes)
+
+    @cached_property
+    def _groups(self) -> list[Group]:
+        return self.corpus.groups("train")
+
+    @cached_property
+    def _cache(self) -> LRUCache[Group, ClipRows]:
+        limit = max(self.data.cache_mib << 20, 1)
+        return LRUCache(maxsize=limit, getsizeof=lambda rows: rows.samples.nbytes)
+
+    def _rows(self, group: Group) -> ClipRows:
+        if group not in self._cache:
+            rows = self.corpus.read(group)
+            if rows.samples.nbytes > self._cache.maxsize:
+                return rows
+            self._cache[group] = rows
+        return self._cache[group]
+
+    def _window(self) -> int:
+        """Clips to shuffle together: as many as asked for, if the cache holds them."""
+        fit = int((self.data.cache_mib << 20) / max(1.0, self.corpus.mean_bytes("train")))
+        return max(self.batch_size, min(self.data.shuffle_clips, fit))
+
+    def _order(self, epoch: int) -> list[tuple[int, int]]:
+        sizes = [group.clips for group in self._groups]
+        return epoch_order(sizes, self.seed, epoch, self.rank, self.workers, self._window())
+
+    def _batch(self, places: Sequence[tuple[int, int]], rng: np.random.Generator) -> Batch:
+        rows = [(self._rows(self._groups[group]), row) for group, row in places]
+        limit = round(self.data.max_seconds * self.corpus.sample_rate)
+        waveforms, lengths = pad([crop(found.waveform(row), limit, rng) for found, row in rows])
+        chosen = [int(rng.integers(len(found.captions[row]))) for found, row in rows]
+        words, mask = self.tokenise([found.captions[row][n] for (found, row), n in zip(rows, chosen, strict=True)])
+        ids = torch.tensor([id_number(found.ids[row]) for found, row in rows], dtype=torch.int64)
+        return Batch(waveforms, lengths, words, mask, ids, torch.tensor(chosen, dtype=torch.int64))
+
+
+class _Epoch(IterableDataset[Batch]):
+    """One epoch for torch's loader; with loader processes, each makes every n-th batch, and the order stays."""
+
+    def __init__(self, batches: TrainingBatches, epoch: int, first: int) -> None:
+        self.batches, self.number, self.first = batches, epoch, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.batches
+        info = torch.utils.data.get_worker_info()
+        skip, stride = (info.id, info.num_workers) if info else (0, 1)
+        order = batches._order(self.number)
+        for step in range(self.first + skip, batches.steps, stride):
+            rng = np.random.default_rng([batches.seed, self.number, batches.rank, step])
+            yield batches._batch(order[step * batches.batch_size : (step + 1) * batches.batch_size], rng)
+
+
+def crop(waveform: np.ndarray, limit: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """At most `limit` samples: from a random place if `rng` is given, else from the start."""
+    if len(waveform) <= limit:
+        return waveform
+    start = 0 if rng is None else int(rng.integers(len(waveform) - limit + 1))
+    return waveform[start : start + limit]

@@ -1,0 +1,117 @@
+"""The one Arrow schema of a prepared corpus, and what makes a recording usable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+SPLITS = ("train", "validation", "test")
+
+#: Clips in a row group of the Parquet files: what is read at once.
+ROW_GROUP = 64
+
+#: A row is a clip: mono 16-bit samples at the corpus's rate, all its captions, where it came from, seconds.
+CLIPS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("waveform", pa.list_(pa.int16()), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("duration", pa.float32(), nullable=False),
+    ]
+)
+
+#: A row is a recording or manifest row that could not be used, and why.
+REJECTED = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+#: Peaks below this (-80 dB of full scale) count as silence.
+SILENCE = 1e-4
+
+
+class UnusableClip(ValueError):
+    """A recording or row that is set aside; `reason` is one of a few words, the message says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(detail or reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A usable clip. `waveform`: (samples,) int16 mono."""
+
+    id: str
+    split: str
+    captions: tuple[str, ...]
+    waveform: np.ndarray = field(repr=False)
+    source: str
+    rate: int
+
+    def row(self) -> dict[str, object]:
+        """The clip as a row of :data:`CLIPS`."""
+        return {
+            "id": self.id,
+            "split": self.split,
+            "captions": list(self.captions),
+            "waveform": self.waveform,
+            "source": self.source,
+            "duration": len(self.waveform) / self.rate,
+        }
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row of :data:`REJECTED`."""
+
+    id: str
+    source: str
+    reason: str
+    detail: str = ""
+
+
+def id_number(clip_id: str) -> int:
+    """A clip id as a stable non-negative 63-bit integer, for tensors that travel between workers."""
+    return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def usable_captions(captions: Sequence[object]) -> tuple[str, ...]:
+    """The captions without surrounding space; missing and empty ones are left out.
+
+    Raises:
+        UnusableClip: if none is left.
+    """
+    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
+    if not texts:
+        raise UnusableClip("empty caption", "no caption has any text")
+    return texts
+
+
+def usable_waveform(samples: np.ndarray, rate: int, min_seconds: float) -> np.ndarray:
+    """Mono float samples in [-1, 1] as (samples,) int16.
+
+    Raises:
+        UnusableClip: if they are empty, too short, not finite, or silent.
+    """
+    if samples.size == 0:
+        raise UnusableClip("empty", "the file holds no samples")
+    if not np.isfinite(samples).all():
+        raise UnusableClip("not finite", f"{int((~np.isfinite(samples)).sum())} samples are NaN or infinite")
+    if samples.size < min_seconds * rate:
+        raise UnusableClip("too short", f"{samples.size / rate:.3f} s, data.min_seconds is {min_seconds}")
+    peak = float(np.abs(samples).max())
+    if peak < SILENCE:
+        raise UnusableClip("silent", f"the loudest sample is {peak:.1e} of full scale")
+    return np.clip(np.rint(samples * 32767.0), -32768, 32767).astype(np.int16)

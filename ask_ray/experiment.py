@@ -1,0 +1,214 @@
+"""A whole run, from settings to pictures: prepare, check, train beside the refiner, evaluate, record, report."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+import yaml
+from ray.actor import ActorHandle
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ask_ray import cluster, report, tracking
+from ask_ray.config import RunSettings, Settings, SettingsError, flat
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.prepare import prepare
+from ask_ray.journal import Journal
+from ask_ray.storage import Folder
+from ask_ray.training import trainer
+from ask_ray.training.trainer import RunPlace
+
+POLL_SECONDS = 0.5
+
+#: Settings that may change when a run is continued: they say where and how, not what.
+MAY_CHANGE = ("tracking", "training.epochs", "training.workers", "training.cpus_per_worker", "training.max_failures")
+
+
+def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
+    """Do everything that `jobs/train.py` promises.
+
+    Returns:
+        what ``result.json`` holds.
+
+    Raises:
+        SettingsError, StorageError, WeightsError: before training starts, naming the field, file or row.
+        TrainingFailed: if training fails more often than allowed; what was saved stays.
+    """
+    console = console or Console()
+    settings = _named(settings)
+    place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))
+    place.storage.check_writable("run.storage")
+    continued = _check_same(settings, place)
+    cluster.connect(settings)
+    corpus = prepared(settings, console)
+    trainer.check(settings, corpus)
+    place.folder.write("settings.yaml", settings.to_yaml().encode())
+    console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
+    journal: ActorHandle = Journal.remote()
+    started = time.time()
+    with (
+        tracking.Recorder(settings, place.folder) as recorder,
+        Monitor(settings, journal, place.folder, recorder, console) as seen,
+    ):
+        outcome = trainer.train(settings, corpus, place, journal)
+    result = _result(settings, place, seen.events, trainer.final_facts(outcome), time.time() - started)
+    place.folder.write_json("result.json", result)
+    pictures = report.draw(place.folder, seen.events, result)
+    recorder.finish(result, pictures)
+    _tell(console, result, place, pictures, recorder)
+    return result
+
+
+def _named(settings: Settings) -> Settings:
+    """Settings whose run has a name."""
+    if settings.run.name is not None:
+        return settings
+    name = time.strftime(f"{settings.data.corpus}-%Y%m%d-%H%M%S")
+    return settings.model_copy(update={"run": RunSettings(**{**settings.run.model_dump(), "name": name})})
+
+
+def _check_same(settings: Settings, place: RunPlace) -> bool:
+    """Whether the run exists already.
+
+    Raises:
+        SettingsError: if it was made with other settings, naming them.
+    """
+    if not place.folder.exists("settings.yaml"):
+        return False
+    old = flat(yaml.safe_load(place.folder.read("settings.yaml")))
+    new = flat(settings.model_dump(mode="json"))
+    differing = [key for key in new if old.get(key) != new[key] and not key.startswith(MAY_CHANGE)]
+    if differing:
+        told = ", ".join(f"{key} ({old.get(key)} there, {new[key]} here)" for key in differing)
+        raise SettingsError(
+            f"run.name: {place.folder} was made with other settings: {told}. Choose another run.name, or continue it with "
+            f"--config {place.folder}/settings.yaml"
+        )
+    return True
+
+
+def prepared(settings: Settings, console: Console) -> Corpus:
+    """The prepared corpus, made with a progress bar if it is not there yet, and a line on what was set aside."""
+    with Progress(TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=None)
+        corpus = prepare(settings.data, lambda done, total: bar.update(task, completed=done, total=total))
+        count = sum(corpus.clips(split) for split in corpus.manifest["splits"])
+        bar.update(task, completed=count, total=count)
+    counts = ", ".join(f"{corpus.clips(split)} {split}" for split in corpus.manifest["splits"])
+    rejected = corpus.rejected()
+    aside = f"{sum(rejected.values())} set aside {rejected}, see {corpus.folder}/rejected" if rejected else "none set aside"
+    console.print(f"Corpus {corpus.folder}: {counts} clips; {aside}")
+    return corpus
+
+
+class Monitor:
+    """Reads the journal while training runs: shows progress, keeps the run's history, feeds the record."""
+
+    def __init__(
+        self, settings: Settings, journal: ActorHandle, folder: Folder, recorder: tracking.Recorder, console: Console
+    ) -> None:
+        self._settings, self._journal, self._folder, self._recorder, self._console = (
+            settings, journal, folder, recorder, console,
+        )  # fmt: skip
+        self.events: list[dict[str, Any]] = folder.read_json("history.json") if folder.exists("history.json") else []
+        self._read = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        over = False
+        while not over:
+            over = self._over.wait(POLL_SECONDS)
+            try:
+                new = ray.get(self._journal.since.remote(self._read), timeout=10)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                continue
+            self._read += len(new)
+            self.events += new
+            for event in new:
+                self._show(event)
+                self._recorder.record(event)
+            if over or any(event["kind"] in ("epoch", "published") for event in new):
+                self._folder.write_json("history.json", self.events)
+
+    def _show(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "epoch":
+            self._console.print(self._epoch_line(event))
+        elif kind == "published":
+            self._console.print(
+                f"  knowledge base v{event['version']}: {event['entries']} entries by step {event['encoder_step']}, encoded in "
+                f"{event['encode_seconds']:.1f} s, built in {event['build_seconds']:.1f} s ({event['reason']})"
+            )
+        elif kind == "swapped" and event["rank"] == 0:
+            self._console.print(
+                f"  swapped to v{event['version']} at step {event['step']}, {event['lag_steps']} steps after its weights"
+            )
+        elif kind in ("failed", "refused"):
+            self._console.print(f"  [red]knowledge base v{event['version']} {kind}[/]: {event['problem']}")
+
+    def _epoch_line(self, event: dict[str, Any]) -> str:
+        parts = [f"epoch {event['epoch']:>3}/{self._settings.training.epochs}", f"loss {event['loss']:.3f}"]
+        parts.append(f"τ {event['temperature']:.3f}")
+        for key, label in (("rdm_audio", "RDM"), ("consistency", "consistency"), ("t2a_r1", "val R@1 t2a")):
+            if key in event:
+                parts.append(f"{label} {event[key]:.3f}")
+        if "a2t_r1" in event:
+            parts.append(f"a2t {event['a2t_r1']:.3f}")
+        return "  ".join([*parts, f"{event['clips_per_second']:.0f} clips/s"])
+
+
+def _result(
+    settings: Settings, place: RunPlace, events: list[dict[str, Any]], facts: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    return {
+        "name": place.name,
+        "folder": str(place.folder),
+        "final": facts.get("final", {}),
+        "final_injected": facts.get("final_injected", {}),
+        "refreshes": report.refreshes(events),
+        "seconds": seconds,
+        "training_seconds": facts.get("training_seconds"),
+        "steps_per_second": facts.get("steps_per_second"),
+        "steps": facts.get("steps"),
+        "epochs": facts.get("epochs"),
+        "knowledge_version": facts.get("knowledge_version"),
+        "world_size": facts.get("world_size"),
+        "device": facts.get("device"),
+        "seed": settings.run.seed,
+    }
+
+
+def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:
+    """The final table, and where everything is."""
+    table = Table(title=f"{place.name}: retrieval on the test split")
+    for heading in ("", "R@1", "R@5", "R@10", "mAP@10", "median rank", "N"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for title, key in (("", "final"), (", injected", "final_injected")):
+        for way, name in (("t2a", "text → audio"), ("a2t", "audio → text")):
+            of = result[key].get(way)
+            if of:
+                shares = [f"{100 * of[figure]:.1f} %" for figure in ("r1", "r5", "r10", "map10")]
+                table.add_row(f"{name}{title}", *shares, f"{of['median_rank']:g}", f"{of['n']}")
+    console.print(table)
+    console.print(
+        f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
+        f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"
+    )
+    console.print(f"Results   {place.folder}/result.json")
+    console.print(f"Pictures  {', '.join(pictures)}")
+    if recorder.where:
+        console.print(f"MLflow    {recorder.where}")
+    console.print(f'Next      python jobs/search.py --run {place.folder} "a dog barks"', soft_wrap=True)

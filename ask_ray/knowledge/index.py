@@ -1,0 +1,129 @@
+"""FAISS: choosing, building, keeping and searching an index by inner product, with ids that a query may not retrieve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+#: Training points per inverted list: FAISS warns below 39 and gains nothing above 256.
+POINTS_PER_LIST = 64
+
+
+class Neighbours(NamedTuple):
+    """What a search found: `similarity` (Q, K) float32, -inf where missing; `entry` (Q, K) int64, -1 where missing."""
+
+    similarity: np.ndarray
+    entry: np.ndarray
+
+
+def build(vectors: np.ndarray, exact_below: int, probes: int, seed: int) -> faiss.Index:
+    """An inner-product index over (N, d) float32 rows: exact below `exact_below` rows, inverted lists with 16-bit floats above.
+
+    The number of lists is a power of two near 4 sqrt(N): FAISS's own guideline.
+    """
+    count, dim = vectors.shape
+    if count < exact_below:
+        index = faiss.IndexFlatIP(dim)
+    else:
+        lists = min(2 ** round(np.log2(4 * np.sqrt(count))), max(1, count // 39))
+        index = faiss.index_factory(dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed + 1
+        index.cp.spherical = True
+        index.nprobe = min(probes, lists)
+        index.train(_sample(vectors, lists * POINTS_PER_LIST, seed))
+    index.add(vectors)
+    return index
+
+
+def prototypes(audio: np.ndarray, text: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Paired prototypes by spherical k-means on the concatenated rows (method: ASK §4.2).
+
+    Args:
+        audio, text: (N, d) float32 rows of unit length; row n of both is one pair.
+        count: Nc; at most N are made.
+
+    Returns:
+        (Nc, d) float32 means of each cluster's audio and text rows, normalised. A cluster that k-means left empty has
+        no mean and is left out.
+    """
+    count = min(count, len(audio))
+    if count == 0:
+        return np.zeros((0, audio.shape[1]), np.float32), np.zeros((0, audio.shape[1]), np.float32)
+    pairs = np.concatenate([audio, text], axis=1) / np.float32(np.sqrt(2))
+    means = faiss.Kmeans(pairs.shape[1], count, niter=20, spherical=True, seed=seed + 1, min_points_per_centroid=1)
+    means.train(_sample(pairs, count * 256, seed))
+    cluster = means.index.search(pairs, 1)[1][:, 0]
+    filled = np.unique(cluster)
+    return _means(audio, cluster, filled), _means(text, cluster, filled)
+
+
+def _means(rows: np.ndarray, cluster: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    order = np.argsort(cluster, kind="stable")
+    starts = np.searchsorted(cluster[order], filled)
+    sums = np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
+    return np.asarray(sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12), np.float32)
+
+
+def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    if len(rows) <= most:
+        return np.ascontiguousarray(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
+    return np.ascontiguousarray(rows[np.sort(chosen)])
+
+
+def save(index: faiss.Index, path: Path) -> None:
+    """Write an index to a local file."""
+    faiss.write_index(index, str(path))
+
+
+def open_mapped(path: Path, device: int | None = None) -> faiss.Index:
+    """Open an index from a local file, memory-mapped; on GPU `device` if one is given and FAISS sees it."""
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+    if device is not None and faiss.get_num_gpus() > device:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, index)
+    return index
+
+
+def retrieve(
+    index: faiss.Index, queries: np.ndarray, k: int, numbers: np.ndarray, excluded: np.ndarray, most_per_clip: int
+) -> Neighbours:
+    """The `k` nearest entries of each query, without those of excluded clips.
+
+    Searching for as many more as could be excluded and dropping them afterwards is exact, works for every kind of index
+    on every device, and lets each query have exclusions of its own.
+
+    Args:
+        queries: (Q, d) float32.
+        numbers: (N,) int64, the clip number of each entry.
+        excluded: (Q, E) int64 clip numbers that each query may not retrieve; E may be 0.
+        most_per_clip: the most entries that one clip has.
+
+    Returns:
+        neighbours by falling similarity.
+    """
+    asked = min(k + excluded.shape[1] * most_per_clip, index.ntotal)
+    similarity, entry = index.search(np.ascontiguousarray(queries, np.float32), asked)
+    return _keep(Neighbours(similarity, entry), _barred(numbers[np.maximum(entry, 0)], excluded) | (entry < 0), k)
+
+
+def _barred(found: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """(Q, A) bool: whether a found clip number is among its query's excluded ones."""
+    if excluded.shape[1] == 0:
+        return np.zeros(found.shape, bool)
+    if (excluded == excluded[:1]).all():
+        return np.isin(found, excluded[0])
+    return (found[:, :, None] == excluded[:, None, :]).any(axis=2)
+
+
+def _keep(found: Neighbours, barred: np.ndarray, k: int) -> Neighbours:
+    first = np.argsort(barred, axis=1, kind="stable")[:, :k]
+    gone = np.take_along_axis(barred, first, 1)
+    similarity = np.where(gone, -np.inf, np.take_along_axis(found.similarity, first, 1))
+    entry = np.where(gone, -1, np.take_along_axis(found.entry, first, 1))
+    short = ((0, 0), (0, k - first.shape[1]))
+    return Neighbours(
+        np.pad(similarity, short, constant_values=-np.inf).astype(np.float32), np.pad(entry, short, constant_values=-1)
+    )

@@ -1,0 +1,213 @@
+"""What a training worker holds of the knowledge base: the version in use, and newer ones loaded in the background."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from ask_ray.config import AskSettings
+from ask_ray.journal import tell
+from ask_ray.knowledge.index import retrieve
+from ask_ray.knowledge.snapshot import Entries, Snapshot, SnapshotError, open_snapshot
+from ask_ray.storage import Folder
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """What one modality's search found for a batch. `rows` (B, K) int64 into a reading's tables; `valid` (B, K) bool."""
+
+    rows: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One granularity's answer to a batch.
+
+    by_audio, by_text: the neighbourhoods that audio and text retrieved; audio, text: (U, d) float32 tables of the rows
+    they name, paired; numbers: (U,) int64 clip numbers of the table's rows, -1 for prototypes.
+    """
+
+    by_audio: Neighbourhood
+    by_text: Neighbourhood
+    audio: Tensor
+    text: Tensor
+    numbers: Tensor
+
+
+class Knowledge:
+    """A snapshot ready to be read on a device."""
+
+    def __init__(self, snapshot: Snapshot, device: torch.device) -> None:
+        self.version = snapshot.version
+        self.encoder_step = int(snapshot.manifest["encoder_step"])
+        self.entries: Entries = snapshot.entries
+        self._snapshot = snapshot
+        self._device = device
+        self._audio, self._text, self._prototypes_audio, self._prototypes_text = (
+            torch.from_numpy(array).to(device)
+            for array in (snapshot.audio, snapshot.text, snapshot.prototypes_audio, snapshot.prototypes_text)
+        )
+        self._order = np.argsort(self.entries.numbers, kind="stable")
+        self._sorted = self.entries.numbers[self._order]
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored audio and text rows, (n, d) float32 each, of entries (n,) int64."""
+        return self._audio[entry], self._text[entry]
+
+    def locate(self, numbers: Tensor, which: Tensor) -> Tensor:
+        """The entries of (clip number, caption) pairs, both (n,) int64: (n,) int64, -1 where the base has none."""
+        wanted, caption = numbers.cpu().numpy(), which.cpu().numpy()
+        place = np.minimum(np.searchsorted(self._sorted, wanted) + caption, len(self._sorted) - 1)
+        entry = self._order[place]
+        there = (self.entries.numbers[entry] == wanted) & (self.entries.which[entry] == caption)
+        return torch.from_numpy(np.where(there, entry, -1)).to(numbers.device)
+
+    def read(self, audio: Tensor, text: Tensor, ids: Tensor, all_ids: Tensor, ask: AskSettings) -> dict[str, Reading]:
+        """Retrieve for a batch (method: ASK §4.2), within each modality, by inner product.
+
+        Args:
+            audio, text: (B, d) float32 unit vectors; no gradient passes.
+            ids: (B,) int64 clip numbers of the pairs; all_ids: those of the global batch.
+
+        Returns:
+            `fine` and `coarse` readings, as the settings ask for.
+        """
+        made = {}
+        if ask.fine:
+            made["fine"] = self._fine(audio, text, _excluded(ids, all_ids, ask), ask.neighbours)
+        if ask.coarse and len(self._prototypes_audio):
+            made["coarse"] = self._coarse(audio, text, ask.neighbours)
+        return made
+
+    def _fine(self, audio: Tensor, text: Tensor, excluded: np.ndarray, k: int) -> Reading:
+        found = [
+            retrieve(index, query.cpu().numpy(), k, self.entries.numbers, excluded, self.entries.most_per_clip).entry
+            for index, query in ((self._snapshot.audio_index, audio), (self._snapshot.text_index, text))
+        ]
+        unique, inverse = np.unique(np.stack(found), return_inverse=True)
+        table = torch.from_numpy(np.maximum(unique, 0)).to(self._device)
+        places = torch.from_numpy(inverse.reshape(2, *found[0].shape)).to(self._device)
+        valid = torch.from_numpy(np.stack(found) >= 0).to(self._device)
+        numbers = torch.from_numpy(np.where(unique >= 0, self.entries.numbers[np.maximum(unique, 0)], -1)).to(self._device)
+        stored = self.rows(table)
+        return Reading(Neighbourhood(places[0], valid[0]), Neighbourhood(places[1], valid[1]), *stored, numbers)
+
+    def _coarse(self, audio: Tensor, text: Tensor, k: int) -> Reading:
+        tables = self._prototypes_audio, self._prototypes_text
+        k = min(k, len(tables[0]))
+        found = [(query.detach() @ table.T).topk(k, dim=1).indices for query, table in zip((audio, text), tables, strict=True)]
+        every = torch.ones_like(found[0], dtype=torch.bool)
+        numbers = torch.full((len(tables[0]),), -1, device=self._device)
+        return Reading(Neighbourhood(found[0], every), Neighbourhood(found[1], every), *tables, numbers)
+
+
+def _excluded(ids: Tensor, all_ids: Tensor, ask: AskSettings) -> np.ndarray:
+    """(B, E) int64 clip numbers that each pair may not retrieve."""
+    own = ids.cpu().numpy()[:, None]
+    if ask.exclude == "none":
+        return own[:, :0]
+    if ask.exclude == "self":
+        return own
+    return np.broadcast_to(np.unique(all_ids.cpu().numpy())[None], (len(own), len(np.unique(all_ids.cpu().numpy()))))
+
+
+class Replica:
+    """The versions a worker has loaded. A background thread opens and verifies new ones in the order of their numbers."""
+
+    def __init__(
+        self,
+        refiner: ActorHandle,
+        home: Folder,
+        run: str,
+        dim: int,
+        device: torch.device,
+        journal: ActorHandle | None,
+        rank: int,
+    ) -> None:
+        self._refiner, self._journal, self._rank = refiner, journal, rank
+        self._home, self._run, self._dim, self._device = home, run, dim, device
+        self._loaded: dict[int, Knowledge] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._seen = 0
+        self.current: Knowledge | None = None
+
+    def start(self, version: int) -> None:
+        """Load `version` (0: none) and watch for later ones.
+
+        Raises:
+            SnapshotError: if the version cannot be opened.
+        """
+        if version:
+            self.current = self._open(version)
+        self._seen = version
+        threading.Thread(target=self._watch, name="knowledge-loader", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+
+    @property
+    def version(self) -> int:
+        """The version in use, 0 for none."""
+        return self.current.version if self.current else 0
+
+    @property
+    def newest(self) -> int:
+        """The newest version loaded, which may be the one in use."""
+        with self._lock:
+            return max(self._loaded, default=self.version)
+
+    def has(self, version: int) -> bool:
+        """Whether a version could be swapped in now."""
+        with self._lock:
+            return version in self._loaded
+
+    def swap(self, version: int) -> None:
+        """Use a loaded version from now on and let older ones go."""
+        with self._lock:
+            self.current = self._loaded[version]
+            self._loaded = {number: known for number, known in self._loaded.items() if number > version}
+
+    def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:
+        """Wait until the background thread has loaded or refused `version`."""
+        end = time.monotonic() + seconds
+        while self._seen < version and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def _open(self, version: int) -> Knowledge:
+        gpu = (self._device.index or 0) if self._device.type == "cuda" else None
+        return Knowledge(open_snapshot(self._home, version, self._run, self._dim, gpu), self._device)
+
+    def _watch(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                version = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                time.sleep(0.5)  # the refiner is restarting
+                continue
+            if version is not None and not self._stopped.is_set():
+                self._load(version)
+
+    def _load(self, version: int) -> None:
+        started = time.time()
+        try:
+            known = self._open(version)
+        except (SnapshotError, OSError, ValueError, RuntimeError) as error:
+            tell(self._journal, "refused", version=version, rank=self._rank, problem=str(error))
+        else:
+            with self._lock:
+                self._loaded[version] = known
+            tell(self._journal, "loaded", version=version, rank=self._rank, seconds=time.time() - started)
+        self._seen = version

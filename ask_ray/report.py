@@ -1,0 +1,169 @@
+"""The pictures of a run, from its journal: curves of loss and recall, drift over steps, refreshes against training."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ask_ray.storage import Folder
+
+Events = list[dict[str, Any]]
+
+#: One colour a meaning, in every picture (Okabe and Ito's set, which colour-blind readers tell apart).
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+def refreshes(events: Events) -> list[dict[str, Any]]:
+    """One row for each version that training swapped in, in the order of the swaps.
+
+    `swap_step` and `lag_steps` are in training steps, `swap_ms` is the slowest rank's; `ranks` counts the workers that
+    swapped. A version that a restart made training swap in again has its last swap.
+    """
+    published = {event["version"]: event for event in events if event["kind"] == "published"}
+    rows = []
+    for version in sorted(published):
+        swaps = [event for event in events if event["kind"] == "swapped" and event["version"] == version]
+        if not swaps:
+            continue
+        last = {event["rank"]: event for event in swaps}.values()
+        made = published[version]
+        rows.append(
+            {
+                "version": version,
+                "encoder_step": made["encoder_step"],
+                "swap_step": max(event["step"] for event in last),
+                "lag_steps": max(event["lag_steps"] for event in last),
+                "encode_seconds": made["encode_seconds"],
+                "build_seconds": made["build_seconds"],
+                "swap_ms": max(event["swap_ms"] for event in last),
+                "entries": made["entries"],
+                "ranks": len(last),
+                "reason": made["reason"],
+            }
+        )
+    return rows
+
+
+def draw(folder: Folder, events: Events, result: dict[str, Any]) -> list[str]:
+    """Draw all pictures that the run has data for into ``<folder>/pictures``.
+
+    Returns:
+        their places.
+    """
+    made = {"curves.png": curves(events, result), "drift.png": drift(events), "refreshes.png": timeline(events)}
+    places = []
+    for name, figure in made.items():
+        if figure is None:
+            continue
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        (folder / "pictures").write(name, buffer.getvalue())
+        places.append(f"{folder}/pictures/{name}")
+    return places
+
+
+def _by_step(events: Events, kind: str) -> Events:
+    """The last event of each step: steps that a restart repeated count once."""
+    found = {event["step"]: event for event in events if event["kind"] == kind}
+    return [found[step] for step in sorted(found)]
+
+
+def _plot(axes: Axes, events: Events, key: str, label: str, colour: str, marker: str = "") -> None:
+    points = [(event["step"], event[key]) for event in events if key in event and np.isfinite(event[key])]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4, linewidth=1.6)
+
+
+def _finished(axes: Axes, title: str, ylabel: str) -> None:
+    axes.set(title=title, xlabel="training step", ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def _mark_swaps(axes: Axes, events: Events) -> None:
+    for number, row in enumerate(refreshes(events)):
+        label = "swap to a fresh version" if number == 0 else None
+        axes.axvline(row["swap_step"], color=GREY, linestyle=":", linewidth=1, label=label)
+
+
+def curves(events: Events, result: dict[str, Any]) -> Figure | None:
+    """Loss of both directions, and recall on the validation split with the final test figures."""
+    epochs = _by_step(events, "epoch")
+    if not epochs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    _plot(left, _by_step(events, "step"), "loss", "objective, single steps", GREY)
+    _plot(left, epochs, "loss", "objective", BLUE)
+    _plot(left, epochs, "loss_a2t", "audio → text", ORANGE)
+    _plot(left, epochs, "loss_t2a", "text → audio", GREEN)
+    _finished(left, "Loss", "nats")
+    for way, name, colour in (("t2a", "text → audio", GREEN), ("a2t", "audio → text", ORANGE)):
+        _plot(right, epochs, f"{way}_r1", f"{name}, validation", colour, "o")
+        of = result.get("final", {}).get(way)
+        if of:
+            right.plot(epochs[-1]["step"], of["r1"], "*", color=colour, markersize=13, label=f"{name}, test (N = {of['n']})")
+    _finished(right, "Recall at 1", "share of queries")
+    right.set_ylim(bottom=0)
+    figure.tight_layout()
+    return figure
+
+
+def drift(events: Events) -> Figure | None:
+    """Representation drift (RDM) over steps with the swaps marked."""
+    steps, epochs = _by_step(events, "step"), _by_step(events, "epoch")
+    if not any("rdm_audio" in event for event in steps):
+        return None
+    figure, axes = plt.subplots(figsize=(11, 4))
+    _plot(axes, steps, "rdm_audio", "audio, the batch's own entries", BLUE)
+    _plot(axes, steps, "rdm_text", "text, the batch's own entries", ORANGE)
+    _plot(axes, epochs, "probe_rdm_audio", "audio, re-encoded probe", BLUE, "s")
+    _plot(axes, epochs, "probe_rdm_text", "text, re-encoded probe", ORANGE, "s")
+    _mark_swaps(axes, events)
+    _finished(axes, "Representation drift mismatch of the knowledge base in use", "RDM in nats")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def timeline(events: Events) -> Figure | None:
+    """Refreshes against training, in seconds: what the pool encoded and built while workers stepped, and every swap."""
+    published = [event for event in events if event["kind"] == "published"]
+    steps = [event for event in events if event["kind"] in ("step", "epoch")]
+    if not published or not steps:
+        return None
+    zero = min(event["time"] for event in events)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5), sharex=True, height_ratios=[2, 1])
+    ordered = sorted(steps, key=lambda event: event["time"])
+    top.plot([event["time"] - zero for event in ordered], [event["step"] for event in ordered], color=BLUE, linewidth=1.6)
+    swaps = [event for event in events if event["kind"] == "swapped"]
+    for rank in sorted({event["rank"] for event in swaps}):
+        mine = [event for event in swaps if event["rank"] == rank]
+        top.plot(
+            [event["time"] - zero for event in mine], [event["step"] for event in mine], "o" if rank == 0 else "x",
+            color=RED if rank == 0 else "black", markersize=9 - 2 * min(rank, 2), label=f"swap on worker {rank}", linestyle="",
+        )  # fmt: skip
+    for event in published:
+        start = event["started"] - zero
+        bottom.barh(0, event["encode_seconds"], left=start, color=ORANGE, height=0.6)
+        bottom.barh(0, event["build_seconds"], left=start + event["encode_seconds"], color=GREEN, height=0.6)
+        bottom.text(start, 0.38, f"v{event['version']}", fontsize=8)
+    top.set(ylabel="training step", title="Training goes on while the knowledge base is re-encoded")
+    top.legend(frameon=False)
+    top.grid(alpha=0.25)
+    bottom.set(xlabel="seconds", yticks=[0], yticklabels=["refresh"], ylim=(-0.6, 0.8))
+    for label, colour in (("encoding (actor pool)", ORANGE), ("prototypes and index", GREEN)):
+        bottom.barh(0, 0, color=colour, label=label)
+    bottom.legend(frameon=False, loc="upper left", ncols=2, bbox_to_anchor=(0, -0.35))
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,150 @@
+"""Checkpoints as plain files: safetensors and JSON, nothing that runs code when it is opened.
+
+``model.safetensors`` · ``optimizer.safetensors`` · ``random.safetensors`` (one state per rank) · ``state.json`` (epoch,
+step, knowledge-base version, scheduler, optimizer groups) · ``settings.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ask_ray import config
+from ask_ray.config import Settings, UserError
+from ask_ray.data.corpus import Corpus
+from ask_ray.models import registry
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.storage import Folder
+
+PREFIX = "checkpoint_"
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that is missing or damaged. The message names the folder and what to do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: whole epochs done, steps done, the knowledge-base version in use (0: none), the corpus."""
+
+    epoch: int
+    step: int
+    knowledge_version: int
+    corpus: str
+
+
+def save(
+    folder: Path,
+    place: Place,
+    settings: Settings,
+    model: DualEncoder,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    random_states: list[Tensor],
+) -> None:
+    """Write a checkpoint into an empty local folder."""
+    held = optimizer.state_dict()
+    tensors = {
+        f"{parameter}.{name}": value.contiguous() for parameter, of in held["state"].items() for name, value in of.items()
+    }
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
+    save_file({f"rank{rank}": state for rank, state in enumerate(random_states)}, folder / "random.safetensors")
+    (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    state = {"place": asdict(place), "groups": held["param_groups"], "scheduler": _plain(scheduler.state_dict())}
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a scheduler's state is data; its functions are made anew from the settings."""
+    return {name: value for name, value in state.items() if name != "lr_lambdas"}
+
+
+def place_of(folder: Path) -> Place:
+    """Where the run stood.
+
+    Raises:
+        CheckpointError: if the folder is no checkpoint.
+    """
+    try:
+        return Place(**json.loads((folder / "state.json").read_text(encoding="utf-8"))["place"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: no whole checkpoint ({error}); choose another run or checkpoint") from error
+
+
+def restore(
+    folder: Path,
+    model: DualEncoder,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    rank: int,
+) -> Place:
+    """Put everything back as :func:`save` found it and return where the run stood. Tensors go where the model's are.
+
+    Random states are restored for the ranks that saved one; a rank that is new keeps the state it was seeded with.
+    """
+    place = place_of(folder)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    held: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        parameter, name = key.split(".", 1)
+        held.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": held, "param_groups": state["groups"]})
+    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+    states = load_file(folder / "random.safetensors")
+    if f"rank{rank}" in states:
+        set_random_state(states[f"rank{rank}"])
+    return place
+
+
+def random_state() -> Tensor:
+    """PyTorch's CPU generator state of this process, (n,) uint8. Data order and augmentation of waveforms need none:
+    they follow from seed, epoch and step."""
+    return torch.get_rng_state()
+
+
+def set_random_state(state: Tensor) -> None:
+    """Put back what :func:`random_state` gave."""
+    torch.set_rng_state(state)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed all generators of this process; ranks get different ones for dropout and augmentation."""
+    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 (for libraries that use the global one)
+    torch.manual_seed(mixed)
+
+
+def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
+    """The model of a checkpoint, in evaluation mode on the CPU, with its settings.
+
+    Raises:
+        CheckpointError: if files are missing or damaged.
+    """
+    place = place_of(folder)
+    settings = config.load((folder / "settings.yaml").read_text(encoding="utf-8"), str(folder / "settings.yaml"))
+    model = registry.build(settings.model, Corpus.open(place.corpus).sample_rate)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/model.safetensors: cannot be loaded ({error})") from error
+    return model.eval(), settings, place
+
+
+def pinned_versions(run: Folder) -> list[int]:
+    """The knowledge-base versions that the run's checkpoints name."""
+    found = set()
+    for name in run.names():
+        if name.startswith(PREFIX) and (run / name).exists("state.json"):
+            found.add(int((run / name).read_json("state.json")["place"]["knowledge_version"]))
+    return sorted(found - {0})

@@ -1,0 +1,107 @@
+"""Retrieval on a split of a prepared corpus: encode each clip and each caption once, rank both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ask_ray.config import AskSettings, Settings
+from ask_ray.data.batches import crop, pad
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.schema import id_number
+from ask_ray.knowledge.replica import Knowledge
+from ask_ray.method import injection
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.training import metrics
+from ask_ray.training.ask import read_knowledge
+from ask_ray.training.gather import gather_objects, world_size
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split's embeddings, in the order of the corpus.
+
+    ids: N clip ids; captions: M texts; audio: (N, d), text: (M, d) float32; owner: (M,) int64, the clip of each caption.
+    """
+
+    ids: list[str]
+    captions: list[str]
+    audio: Tensor
+    text: Tensor
+    owner: Tensor
+
+
+def encode_split(
+    model: DualEncoder, corpus: Corpus, split: str, settings: Settings, device: torch.device, rank: int = 0
+) -> EncodedSplit:
+    """Encode a split with the model in evaluation mode; with several ranks each encodes its part and all get the whole."""
+    training = model.training
+    model.eval()
+    limit = round(settings.data.max_seconds * corpus.sample_rate)
+    size = settings.knowledge.pool.batch_size
+    parts = []
+    with torch.inference_mode():
+        for unit, group in enumerate(corpus.groups(split)):
+            if unit % world_size() != rank:
+                continue
+            rows = corpus.read(group)
+            waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
+            captions = [caption for of_clip in rows.captions for caption in of_clip]
+            audio = [
+                model.encode_audio(*(x.to(device) for x in pad(waveforms[start : start + size])))
+                for start in range(0, len(waveforms), size)
+            ]
+            text = [
+                model.encode_text(*(x.to(device) for x in model.tokenise(captions[start : start + size])))
+                for start in range(0, len(captions), size)
+            ]
+            counts = [len(of_clip) for of_clip in rows.captions]
+            parts.append((unit, rows.ids, captions, torch.cat(audio).cpu().numpy(), torch.cat(text).cpu().numpy(), counts))
+    model.train(training)
+    return _joined([part for of_rank in gather_objects(parts) for part in of_rank], device)
+
+
+def _joined(parts: list[tuple[Any, ...]], device: torch.device) -> EncodedSplit:
+    parts.sort(key=lambda part: part[0])
+    counts = [count for part in parts for count in part[5]]
+    return EncodedSplit(
+        ids=[one for part in parts for one in part[1]],
+        captions=[one for part in parts for one in part[2]],
+        audio=torch.from_numpy(np.concatenate([part[3] for part in parts])).to(device),
+        text=torch.from_numpy(np.concatenate([part[4] for part in parts])).to(device),
+        owner=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device),
+    )
+
+
+def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
+    """`t2a` and `a2t` figures of a split."""
+    arguments = (encoded.audio, encoded.text, encoded.owner)
+    return {"t2a": asdict(metrics.text_to_audio(*arguments)), "a2t": asdict(metrics.audio_to_text(*arguments))}
+
+
+def injected(encoded: EncodedSplit, knowledge: Knowledge, ask: AskSettings) -> EncodedSplit:
+    """The split with knowledge mixed into every clip and every caption, as in training.
+
+    A clip has no caption of its own at query time and the reverse, so neighbours are weighed by their own modality alone.
+    """
+    alone = ask.model_copy(update={"reliability": "off"})
+    owner = encoded.owner.cpu()
+    numbers = torch.tensor([id_number(one) for one in encoded.ids], dtype=torch.int64)
+    audio = [_inject(rows, ids, knowledge, alone)[0] for rows, ids in _chunked(encoded.audio, numbers)]
+    text = [_inject(rows, ids, knowledge, alone)[1] for rows, ids in _chunked(encoded.text, numbers[owner])]
+    return EncodedSplit(encoded.ids, encoded.captions, torch.cat(audio), torch.cat(text), encoded.owner)
+
+
+def _chunked(rows: Tensor, ids: Tensor, size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(rows.split(size), ids.split(size), strict=True)
+
+
+def _inject(rows: Tensor, ids: Tensor, knowledge: Knowledge, ask: AskSettings) -> tuple[Tensor, Tensor]:
+    """The rows injected as audio and as text."""
+    reads = read_knowledge(rows, rows, knowledge.read(rows, rows, ids, ids, ask), ask)
+    return injection.inject(rows, reads.audio, ask.rho), injection.inject(rows, reads.text, ask.rho)

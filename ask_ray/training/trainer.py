@@ -1,0 +1,150 @@
+"""Building and running the Ray Train job: the workers, the refiner beside them, failures, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ask_ray import cluster
+from ask_ray.config import Settings, SettingsError, UserError
+from ask_ray.data.corpus import Corpus
+from ask_ray.knowledge import snapshot
+from ask_ray.knowledge.refiner import Refiner, RefreshPlan
+from ask_ray.models import registry
+from ask_ray.storage import Folder
+from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
+
+
+class TrainingFailed(UserError, RuntimeError):
+    """Training that ended before its last epoch. The message holds the cause and how to continue."""
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run keeps what it makes: <storage>/<name>."""
+
+    storage: Folder
+    name: str
+
+    @property
+    def folder(self) -> Folder:
+        """The run's folder."""
+        return self.storage / self.name
+
+    @property
+    def knowledge(self) -> Folder:
+        """The versions of its knowledge base."""
+        return self.folder / "knowledge"
+
+
+def check(settings: Settings, corpus: Corpus) -> None:
+    """Refuse, before anything starts, what could not be trained.
+
+    Raises:
+        SettingsError, WeightsError: naming the field, the sum or the file.
+    """
+    cluster.check_schedulable(settings)
+    registry.build(settings.model, corpus.sample_rate)
+    _check_batches(settings, corpus)
+    if settings.ask.enabled:
+        _check_neighbours(settings, corpus)
+
+
+def _check_batches(settings: Settings, corpus: Corpus) -> None:
+    training, clips = settings.training, corpus.clips("train")
+    if clips // training.workers < training.batch_size:
+        raise SettingsError(
+            f"training.batch_size: {training.workers} workers x {training.batch_size} pairs are more than the {clips} clips "
+            "of the training split: lower training.batch_size or training.workers"
+        )
+    if corpus.clips("test") == 0:
+        raise SettingsError("data: the test split is empty: hold some clips out (data.folder.test, data.soundscapes.test)")
+
+
+def _check_neighbours(settings: Settings, corpus: Corpus) -> None:
+    """K and Nc against what the knowledge base will hold."""
+    ask, clips = settings.ask, corpus.clips("train")
+    each = settings.knowledge.captions_per_clip
+    barred = {"none": 0, "self": 1, "batch": settings.training.workers * settings.training.batch_size}[ask.exclude]
+    left = (clips - barred) * 1 if each == 1 else clips - barred
+    if ask.fine and ask.neighbours > left:
+        raise SettingsError(
+            f"ask.neighbours is {ask.neighbours}, but of the knowledge base's {clips} clips {left} are left after excluding "
+            f"{barred} (ask.exclude={ask.exclude}): lower ask.neighbours or give more clips"
+        )
+    if ask.coarse and ask.prototypes > corpus.entries("train", each):
+        raise SettingsError(
+            f"ask.prototypes is {ask.prototypes}, but the knowledge base has {corpus.entries('train', each)} entries: lower it"
+        )
+
+
+def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: ActorHandle | None) -> ActorHandle:
+    """The run's refiner actor."""
+    plan = RefreshPlan(
+        place.knowledge,
+        place.name,
+        encoding_plan(settings, str(corpus.folder)),
+        settings.knowledge,
+        settings.ask.prototypes if settings.ask.coarse else 0,
+        settings.run.seed,
+    )
+    return Refiner.remote(plan, journal)
+
+
+def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: ActorHandle | None) -> Result:
+    """Run the job to its end, from its newest checkpoint if the run already has one.
+
+    Raises:
+        TrainingFailed: if it fails more often than `training.max_failures` allows.
+    """
+    training = settings.training
+    gpus = cluster.gpus_per_worker(settings)
+    refiner = start_refiner(settings, corpus, place, journal) if settings.ask.enabled else None
+    plan = WorkerPlan(settings, str(corpus.folder), place.knowledge, place.name, place.folder, refiner, journal)
+    resources = {"CPU": training.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {})}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        run_config=RunConfig(
+            name=place.name,
+            storage_path=place.storage.uri,
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingFailed(
+            f"{_cause(error)}\nWhat was saved is kept in {place.folder}; the same command with "
+            f"--run.name {place.name} continues from the newest checkpoint."
+        ) from error
+    finally:
+        if refiner is not None:
+            ray.kill(refiner)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of a failed job."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        return f"training failed on rank {rank}: {str(failure).strip().splitlines()[-1]}"
+    return f"training failed: {str(error).strip().splitlines()[-1]}"
+
+
+def kept_versions(place: RunPlace) -> list[int]:
+    """The knowledge-base versions that the run still keeps."""
+    return snapshot.versions(place.knowledge)
+
+
+def final_facts(result: Result) -> dict[str, Any]:
+    """What rank 0 returned."""
+    return dict(result.return_value or {})

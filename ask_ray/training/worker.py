@@ -1,0 +1,399 @@
+"""What a Ray Train worker does: the step loop, the agreed swap of the knowledge base, the report of an epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor, nn
+
+from ask_ray.config import Settings
+from ask_ray.data.batches import Batch, TrainingBatches
+from ask_ray.data.corpus import Corpus
+from ask_ray.journal import tell
+from ask_ray.knowledge.encoding import EncodingPlan, encode_rows
+from ask_ray.knowledge.policy import schedule_of
+from ask_ray.knowledge.replica import Knowledge, Reading, Replica
+from ask_ray.method.drift import rdm
+from ask_ray.models import registry
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.storage import Folder
+from ask_ray.training import ask, checkpoint, evaluation
+from ask_ray.training.checkpoint import Place
+from ask_ray.training.gather import agree_on_least, gather, gather_objects, tell_all, world_size
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What the trainer hands to every worker.
+
+    corpus, home: places of the prepared corpus and of the knowledge base's versions; run: the run's identity;
+    folder: of the run, where its checkpoints are.
+    """
+
+    settings: Settings
+    corpus: str
+    home: Folder
+    run: str
+    folder: Folder
+    refiner: ActorHandle | None
+    journal: ActorHandle | None
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry: train from the start or the newest checkpoint, evaluate, and return the final figures."""
+    return Worker(config["plan"]).run()
+
+
+@dataclass
+class Means:
+    """Running means of scalars over an epoch, kept on the device: no step waits for a number. NaN is left out."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, **values: Tensor | None) -> None:
+        """Add a step's values; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                known = torch.isfinite(value)
+                self.sums[name] = self.sums.get(name, 0.0) + torch.where(known, value.detach().double(), 0.0)
+                self.counts[name] = self.counts.get(name, 0.0) + known.double()
+
+    def take(self) -> dict[str, float]:
+        """The means so far, and start over. A scalar that was never finite has none."""
+        means = {name: float(total / self.counts[name]) for name, total in self.sums.items() if self.counts[name] > 0}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+class Worker:
+    """One rank of a run."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        self.plan, self.settings = plan, plan.settings
+        self.rank = ray.train.get_context().get_world_rank()
+        self.device = ray.train.torch.get_device()
+        self.corpus = Corpus.open(plan.corpus)
+        checkpoint.seed_everything(self.settings.run.seed, 0)  # the same initial weights on every rank
+        model = registry.build(self.settings.model, self.corpus.sample_rate)
+        checkpoint.seed_everything(self.settings.run.seed, self.rank + 1)
+        if self.device.type == "cuda" and world_size() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.wrapped = ray.train.torch.prepare_model(model)
+        self.model: DualEncoder = self.wrapped.module if world_size() > 1 else self.wrapped
+        training = self.settings.training
+        self.batches = TrainingBatches(
+            self.corpus, self.settings.data, self.model.tokenise, training.batch_size, self.settings.run.seed, self.rank,
+            world_size(),
+        )  # fmt: skip
+        self.steps = self.batches.steps
+        self.optimizer = make_optimizer(self.model, training.learning_rate, training.weight_decay)
+        total = training.epochs * self.steps
+        self.scheduler = make_scheduler(self.optimizer, total, round(total * training.warmup_share))
+        self.schedule = schedule_of(self.settings.knowledge.refresh, self.steps)
+        self.queue = ask.Queue(self.settings.ask.queue) if self._asks and self.settings.ask.negatives == "queue" else None
+        self.means = Means()
+        self.place = Place(0, 0, 0, plan.corpus)
+        self.replica = self._replica()
+
+    @property
+    def _asks(self) -> bool:
+        return self.settings.ask.enabled
+
+    def _replica(self) -> Replica | None:
+        if not self._asks:
+            return None
+        plan = self.plan
+        assert plan.refiner is not None
+        return Replica(plan.refiner, plan.home, plan.run, self.settings.model.dim, self.device, plan.journal, self.rank)
+
+    # --- the run ---
+
+    def run(self) -> dict[str, Any]:
+        """All epochs, then the final refresh and evaluation."""
+        self._resume()
+        started, first = time.time(), self.place.step
+        while self.place.epoch < self.settings.training.epochs:
+            self._epoch(self.place.epoch)
+        seconds = time.time() - started
+        if self.replica is not None:
+            self._refresh("a knowledge base by the final weights", wait=True, urgent=True)
+            self.replica.stop()
+        final = self._evaluate("test", with_injection=True)
+        done = self.place.step - first
+        return {
+            **final,
+            "steps": self.place.step,
+            "epochs": self.place.epoch,
+            "knowledge_version": self.place.knowledge_version,
+            "training_seconds": seconds,
+            "steps_per_second": done / seconds if done else 0.0,
+            "world_size": world_size(),
+            "device": str(self.device),
+        }
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one, with the knowledge base that it names."""
+        found = ray.train.get_checkpoint()
+        if found is not None:
+            with found.as_directory() as folder:
+                self.place = checkpoint.restore(Path(folder), self.model, self.optimizer, self.scheduler, self.rank)
+        if self.replica is not None:
+            if self.rank == 0:
+                ray.get(self.plan.refiner.start_from.remote(self.place.knowledge_version))  # type: ignore[union-attr]
+            tell_all(None)  # no rank asks for later versions before the refiner has forgotten them
+            self.replica.start(self.place.knowledge_version)
+        if self.rank == 0:
+            tell(self.plan.journal, "began", step=self.place.step, epoch=self.place.epoch, world_size=world_size())
+
+    def _epoch(self, epoch: int) -> None:
+        started = time.time()
+        self.wrapped.train()
+        for batch in self.batches.epoch(epoch):
+            self._before_step(epoch_starts=self.place.step == epoch * self.steps)
+            self._step(batch.to(self.device), watch=self.settings.ask.influence and self.place.step % self.steps == 0)
+            self._move(step=self.place.step + 1)
+        self._move(epoch=epoch + 1)
+        self._report(time.time() - started)
+
+    def _move(self, **to: int) -> None:
+        self.place = Place(**{**vars(self.place), **to})
+
+    # --- the knowledge base ---
+
+    def _before_step(self, epoch_starts: bool) -> None:
+        """Ask for a refresh if one is due; at a poll step, swap to the newest version that every rank has loaded."""
+        if self.replica is None:
+            return
+        step, refresh = self.place.step, self.settings.knowledge.refresh
+        reason = self.schedule.reason(step, self.replica.version > 0, epoch_starts)
+        if reason is not None:
+            self._refresh(reason, wait=refresh.mode == "sync")
+        elif step % refresh.poll_steps == 0:
+            self._swap()
+
+    def _refresh(self, reason: str, wait: bool, urgent: bool = False) -> None:
+        """Hand the refiner this step's weights and, if asked to, wait until the version is in.
+
+        An urgent refresh does not queue behind one that is under way: that one is given up.
+        """
+        ticket = None
+        if self.rank == 0:
+            assert self.plan.refiner is not None
+            if urgent:
+                ray.get(self.plan.refiner.stop.remote())
+            weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            ticket = ray.get(self.plan.refiner.request.remote(self.place.step, reason, [ray.put(weights)]))
+        if wait:
+            self._wait(tell_all(ticket))
+
+    def _wait(self, ticket: int) -> None:
+        assert self.replica is not None
+        version = None
+        if self.rank == 0:
+            assert self.plan.refiner is not None
+            over = False
+            while not over:
+                over, version = ray.get(self.plan.refiner.settled.remote(ticket, 5.0))
+        version = tell_all(version)
+        if version is not None:
+            self.replica.wait_until_seen(version)
+        self._swap()
+
+    def _swap(self) -> None:
+        """Use the newest version that all ranks have, from this step on (one tiny all-reduce, no barrier besides)."""
+        assert self.replica is not None
+        started = time.perf_counter()
+        version = agree_on_least(self.replica.newest, self.device)
+        if version <= self.replica.version or not agree_on_least(int(self.replica.has(version)), self.device):
+            return
+        self.replica.swap(version)
+        known = self.replica.current
+        assert known is not None
+        self._move(knowledge_version=version)
+        tell(
+            self.plan.journal, "swapped", rank=self.rank, version=version, step=self.place.step,
+            lag_steps=self.place.step - known.encoder_step, swap_ms=1000 * (time.perf_counter() - started),
+        )  # fmt: skip
+        if self.rank == 0:
+            self.plan.refiner.swapped.remote(version)  # type: ignore[union-attr]
+
+    # --- a step ---
+
+    def _step(self, batch: Batch, watch: bool) -> None:
+        training = self.settings.training
+        with self._autocast():
+            u, v, scale = self.wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
+        ids = gather(batch.ids)
+        readings = self._read(u, v, batch, ids)
+        leaves: list[Tensor] = []
+        if watch:
+            readings, leaves = ask.watched(readings, ids)
+        made = ask.step(u, v, scale, ids, readings, self.queue, self.settings.ask)
+        if watch:
+            self.means.add(influence=ask.measured_influence(made.loss, leaves))
+        self.optimizer.zero_grad(set_to_none=True)
+        made.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.queue is not None:
+            self.queue.push(made.audio, made.text, ids)
+        drift = self._drift(made, batch, ids, 1 / scale.detach())
+        self.means.add(
+            loss=made.loss, loss_a2t=made.audio_to_text, loss_t2a=made.text_to_audio, consistency=made.consistency,
+            temperature=1 / scale, gradient_norm=norm, **drift,
+        )  # fmt: skip
+        if self.rank == 0 and self.place.step % 10 == 0:
+            seen = {name: float(value) for name, value in {"loss": made.loss, **drift}.items()}
+            tell(self.plan.journal, "step", step=self.place.step, version=self.place.knowledge_version, **seen)
+
+    def _read(self, u: Tensor, v: Tensor, batch: Batch, ids: Tensor) -> dict[str, Reading]:
+        known = self.replica.current if self.replica is not None else None
+        return {} if known is None else known.read(u.detach(), v.detach(), batch.ids, ids, self.settings.ask)
+
+    def _drift(self, made: ask.Step, batch: Batch, ids: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+        """The free drift reading of the global batch, where its pairs are entries of the knowledge base."""
+        known = self.replica.current if self.replica is not None else None
+        if known is None:
+            return {}
+        entry = known.locate(ids, gather(batch.captions))
+        there = entry >= 0
+        stored_audio, stored_text = known.rows(entry[there])
+        tau = float(temperature)
+        return {
+            "rdm_audio": ask.batch_drift(made.audio[there], stored_audio, tau),
+            "rdm_text": ask.batch_drift(made.text[there], stored_text, tau),
+        }
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        wanted = self.settings.training.precision
+        can = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if wanted == "bfloat16" or (wanted == "auto" and can):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # --- the end of an epoch ---
+
+    def _report(self, seconds: float) -> None:
+        training, epoch = self.settings.training, self.place.epoch
+        metrics: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.place.step,
+            **self.means.take(),
+            "clips_per_second": self.steps * training.batch_size * world_size() / seconds,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "knowledge_version": self.place.knowledge_version,
+            **self._probe(),
+        }
+        if self.replica is not None and self.replica.current is not None:
+            metrics["lag_steps"] = self.place.step - self.replica.current.encoder_step
+        if training.evaluate_every and epoch % training.evaluate_every == 0 and self.corpus.clips("validation"):
+            figures = self._evaluate("validation", with_injection=False)["final"]
+            metrics |= {f"{way}_{name}": value for way, of in figures.items() for name, value in of.items() if name != "n"}
+        last = epoch == training.epochs
+        states = gather_objects(checkpoint.random_state())
+        with self._checkpoint(states, last or epoch % training.checkpoint_every == 0) as saved:
+            if self.rank == 0:
+                tell(self.plan.journal, "epoch", **metrics)
+            ray.train.report(metrics, checkpoint=saved)
+        if self.rank == 0 and self.replica is not None:
+            self.plan.refiner.pin.remote(checkpoint.pinned_versions(self.plan.folder))  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def _checkpoint(self, states: list[Tensor], due: bool) -> Iterator[ray.train.Checkpoint | None]:
+        if self.rank != 0 or not due:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="ask_ray-checkpoint-") as folder:
+            checkpoint.save(
+                Path(folder), self.place, self.settings, self.model, self.optimizer, self.scheduler, states
+            )  # fmt: skip
+            yield ray.train.Checkpoint.from_directory(folder)
+
+    def _evaluate(self, split: str, with_injection: bool) -> dict[str, Any]:
+        """Figures of a split, the same on every rank; `final_injected` beside `final` where there is knowledge."""
+        if self.corpus.clips(split) == 0:
+            return {}
+        encoded = evaluation.encode_split(self.model, self.corpus, split, self.settings, self.device, self.rank)
+        figures: dict[str, Any] = {"final": evaluation.both_ways(encoded)}
+        known = self.replica.current if self.replica is not None else None
+        if with_injection and known is not None:
+            figures["final_injected"] = evaluation.both_ways(evaluation.injected(encoded, known, self.settings.ask))
+        return figures
+
+    def _probe(self) -> dict[str, float]:
+        """Drift of stored entries, re-encoded now without augmentation: exact, at the cost of encoding a few row groups."""
+        known = self.replica.current if self.replica is not None else None
+        clips = self.settings.knowledge.drift_probe
+        if known is None or clips == 0:
+            return {}
+        fresh, stored = probe_rows(known, self.model, self.corpus, self.settings, self.device, self.rank)
+        tau = float(self.model.temperature)
+        return {f"probe_rdm_{way}": float(rdm(fresh[way], fresh[way], stored[way], tau)) for way in ("audio", "text")}
+
+
+def probe_rows(
+    known: Knowledge, model: DualEncoder, corpus: Corpus, settings: Settings, device: torch.device, rank: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Fresh and stored rows of `knowledge.drift_probe` entries (rounded up to row groups), gathered over ranks."""
+    training = model.training
+    model.eval()
+    plan = encoding_plan(settings, str(corpus.folder))
+    groups = corpus.groups("train")
+    count = min(len(groups), math.ceil(settings.knowledge.drift_probe / max(group.clips for group in groups)))
+    chosen = [groups[place] for place in torch.linspace(0, len(groups) - 1, count).round().int().tolist()]
+    parts = [
+        encode_rows(model, corpus.read(group), plan, corpus.sample_rate, device)
+        for place, group in enumerate(chosen)
+        if place % world_size() == rank
+    ]
+    model.train(training)
+    every = [part for of_rank in gather_objects(parts) for part in of_rank]
+    numbers, which = (torch.cat([torch.from_numpy(part[name]) for part in every]) for name in ("number", "which"))
+    entry = known.locate(numbers, which)
+    there = entry >= 0
+    stored = dict(zip(("audio", "text"), known.rows(entry[there].to(device)), strict=True))
+    fresh = {name: torch.cat([torch.from_numpy(part[name]) for part in every])[there].to(device) for name in stored}
+    return fresh, stored
+
+
+def encoding_plan(settings: Settings, corpus: str) -> EncodingPlan:
+    """How the knowledge source of these settings is encoded."""
+    knowledge = settings.knowledge
+    return EncodingPlan(
+        corpus, "train", knowledge.captions_per_clip, settings.data.max_seconds, settings.model, knowledge.pool
+    )  # fmt: skip
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not biases, norms or the temperature."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear rise over `warmup` steps, then a cosine to zero at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,99 @@
+"""RDM against scipy; zero right after a refresh, and larger the further the encoders have moved."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import rel_entr, softmax
+from torch import Tensor
+from torch.nn import functional
+
+from ask_ray.method import drift
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+def test_rdm_is_the_mean_kl_divergence(temperature: float):
+    queries, fresh, stored = unit(5, 8), unit(20, 8, seed=1), unit(20, 8, seed=2)
+    ideal, actual = (softmax(queries.numpy() @ rows.numpy().T / temperature, axis=1) for rows in (fresh, stored))
+    expected = rel_entr(ideal, actual).sum(1).mean()
+    assert drift.rdm(queries, fresh, stored, temperature).item() == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 20), st.integers(1, 50), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([0.005, 0.07, 1])
+)
+def test_rdm_is_exactly_zero_after_a_refresh(queries: int, entries: int, width: int, seed: int, temperature: float):
+    asked, fresh = unit(queries, width, seed=seed), unit(entries, width, seed=seed + 1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        stored = fresh.to(dtype).clone()
+        assert drift.rdm(asked.to(dtype), fresh.to(dtype), stored, temperature).item() == 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([torch.float32, torch.float64]))
+def test_rdm_is_positive_and_grows_as_the_encoder_moves_away(seed: int, dtype: torch.dtype):
+    """The stored rows stay; the encoder turns every entry along a fixed direction of its own, further and further."""
+    stored, direction = unit(64, 16, seed=seed), unit(64, 16, seed=seed + 1)
+    readings = []
+    for distance in (0.0, 0.05, 0.2, 0.8):
+        fresh = functional.normalize(stored + distance * direction, dim=1).to(dtype)
+        readings.append(drift.rdm(fresh, fresh, stored.to(dtype), 0.07).item())
+    assert readings[1] > 0
+    assert readings == sorted(readings)
+
+
+def test_rdm_falls_as_the_stored_rows_are_corrected():
+    stored, fresh = unit(40, 16), unit(40, 16, seed=1)
+    readings = [
+        drift.rdm(fresh, fresh, torch.lerp(stored, fresh, share), 0.07).item() for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    assert readings == sorted(readings, reverse=True)
+    assert readings[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_rdm_is_zero_whatever_the_stored_rows_memory_layout():
+    """Equal rows laid out otherwise may take another matrix-product kernel, which rounds differently."""
+    queries, fresh = unit(33, 257, dtype=torch.float32), unit(65, 257, seed=1, dtype=torch.float32)
+    assert drift.rdm(queries, fresh, fresh.mT.contiguous().mT, 0.005).item() == 0.0
+
+
+def test_rdm_counts_what_the_queries_see():
+    """Moving all entries at right angles to the queries changes no distribution."""
+    queries, fresh = torch.eye(4, 8, dtype=torch.float64), unit(10, 8)
+    aside = fresh.clone()
+    aside[:, 4:] = aside[:, 4:].flip(0)
+    assert drift.rdm(queries, fresh, aside, 0.07).item() == 0.0
+
+
+def test_rdm_has_no_gradient_and_is_float32_or_wider_under_autocast():
+    queries, fresh, stored = (unit(6, 8, seed=seed, dtype=torch.float32).requires_grad_() for seed in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reading = drift.rdm(queries, fresh, stored, 0.07)
+    assert not reading.requires_grad
+    assert reading.dtype == torch.float32
+    assert torch.equal(reading, drift.rdm(queries, fresh, stored, 0.07))
+
+
+def test_rdm_stays_finite_when_distributions_do_not_overlap():
+    queries = torch.eye(2, 4)
+    assert drift.rdm(queries, queries.clone(), -queries, 0.001).isfinite()
+
+
+def test_rejections():
+    rows = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="temperature"):
+        drift.rdm(rows, rows, rows, 0.0)
+    with pytest.raises(ValueError, match="stored"):
+        drift.rdm(rows, rows, torch.zeros(2, 4), 0.1)
+    with pytest.raises(ValueError, match="queries"):
+        drift.rdm(torch.zeros(3, 2), rows, rows, 0.1)
+    with pytest.raises(ValueError, match="number of queries"):
+        drift.rdm(torch.zeros(0, 4), rows, rows, 0.1)
+    with pytest.raises(ValueError, match="number of entries"):
+        drift.rdm(rows, torch.zeros(0, 4), torch.zeros(0, 4), 0.1)

@@ -1,0 +1,120 @@
+"""The dual encoder as the settings build it."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from ask_ray.config import ModelSettings, SettingsError
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.models.registry import AUDIO_TOWERS, TEXT_TOWERS, build
+
+SMALL = ModelSettings(width=0.25, dim=16)
+CAPTIONS = ["a dog barks", "rain falls, then a siren wails", ""]
+
+
+def made(settings: ModelSettings = SMALL, rate: int = 16000) -> DualEncoder:
+    torch.manual_seed(0)
+    return build(settings, rate)
+
+
+def clips(rate: int = 16000) -> tuple[torch.Tensor, torch.Tensor]:
+    waves = 0.1 * torch.randn(3, rate, generator=torch.Generator().manual_seed(0))
+    return waves, torch.tensor([rate, rate // 2, rate])
+
+
+@pytest.mark.parametrize(("audio", "rate"), [("tiny", 16000), ("resnet38", 32000)])
+@pytest.mark.parametrize("text", ["tiny", "bert"])
+def test_every_pair_of_towers_trains(audio: str, text: str, rate: int) -> None:
+    model = made(ModelSettings(audio=audio, text=text, width=0.08, dim=16), rate)
+    assert all(module.training for module in model.modules())
+    u, v, scale = model(*clips(rate), *model.tokenise(CAPTIONS))
+    assert u.shape == v.shape == (3, 16)
+    assert u.dtype == v.dtype == scale.dtype == torch.float32
+    torch.testing.assert_close(u.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(v.norm(dim=1), torch.ones(3))
+    nn.functional.cross_entropy(scale * u @ v.T, torch.arange(3)).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_the_names_in_the_settings_are_the_registry() -> None:
+    fields = ModelSettings.model_fields
+    assert set(fields["audio"].annotation.__args__) == AUDIO_TOWERS.keys()
+    assert set(fields["text"].annotation.__args__) == TEXT_TOWERS.keys()
+
+
+def test_encodings_repeat_survive_a_copy_and_depend_on_the_seed() -> None:
+    model = made().eval()
+    copy = pickle.loads(pickle.dumps(model))
+    other = made().eval()
+    with torch.no_grad():
+        first = torch.cat([model.encode_audio(*clips()), model.encode_text(*model.tokenise(CAPTIONS))])
+        for again in (model, copy, other):
+            second = torch.cat([again.encode_audio(*clips()), again.encode_text(*again.tokenise(CAPTIONS))])
+            assert torch.equal(first, second)
+        torch.manual_seed(1)
+        assert not torch.equal(build(SMALL, 16000).eval().encode_audio(*clips()), first[:3])
+
+
+def test_a_state_dict_carries_the_whole_model() -> None:
+    model = made().eval()
+    torch.manual_seed(5)
+    other = build(SMALL, 16000).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.encode_audio(*clips()), model.encode_audio(*clips()))
+
+
+def test_reduced_precision_gives_float32_unit_vectors_close_to_the_exact_ones() -> None:
+    model = made().eval()
+    with torch.no_grad():
+        exact = model.encode_audio(*clips()), model.encode_text(*model.tokenise(CAPTIONS))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = model.encode_audio(*clips()), model.encode_text(*model.tokenise(CAPTIONS))
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(b.norm(dim=1), torch.ones(3))
+        assert (a * b).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0.07, 0.07), (0.001, 0.01), (10.0, 10.0)])
+def test_temperature_starts_where_it_is_set_within_bounds(given: float, expected: float) -> None:
+    model = made(ModelSettings(width=0.1, temperature=given))
+    assert model.log_temperature.dtype == torch.float32
+    assert model.log_temperature.shape == ()
+    assert model.temperature.item() == pytest.approx(expected)
+    assert model.scale.item() == pytest.approx(1 / expected)
+
+
+def test_temperature_stays_in_bounds_and_finds_back() -> None:
+    model = made()
+    optimiser = torch.optim.SGD([model.log_temperature], 1.0)
+    for direction, bound in ((1, 0.01), (-1, 10.0)):
+        with torch.no_grad():
+            model.log_temperature.fill_(torch.tensor(bound).log() - 0.5 * direction)
+        assert model.temperature.item() == pytest.approx(bound)
+        optimiser.zero_grad()
+        (direction * model.temperature).backward()
+        assert model.log_temperature.grad == 0
+        optimiser.zero_grad()
+        (-direction * model.temperature).backward()
+        assert model.log_temperature.grad == pytest.approx(-direction * bound)
+        optimiser.step()
+        assert (model.log_temperature - torch.tensor(bound).log()).abs() != 0.5
+
+
+def test_a_corpus_at_another_rate_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"data\.sample_rate is 16000.*set data\.sample_rate=32000"):
+        build(ModelSettings(audio="resnet38"), 16000)
+
+
+@pytest.mark.parametrize("side", ["audio", "text"])
+def test_published_weights_for_a_tower_that_has_none_are_refused(side: str) -> None:
+    with pytest.raises(SettingsError, match=rf"model\.{side}_weights"):
+        build(ModelSettings(**{f"{side}_weights": "w.pth"}), 16000)
+
+
+def test_a_mask_wider_than_the_features_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"model\.freq_mask is 65"):
+        build(ModelSettings(freq_mask=65), 16000)
