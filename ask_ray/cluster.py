@@ -41,12 +41,16 @@ def connect(settings: Settings) -> None:
     """
     if ray.is_initialized():
         return
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-        return
+    join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
     least = max(needs_of_training(settings, 0).cpus, settings.data.prepare_tasks)
-    ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(least)), include_dashboard=False, **quiet)
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "auto") if join else "local",
+        num_cpus=None if join else max(os.cpu_count() or 1, math.ceil(least)),
+        include_dashboard=None if join else False,
+        logging_level=logging.ERROR,
+        log_to_driver=settings.run.worker_logs,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def gpus_per_worker(settings: Settings) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import yaml
-from ray.actor import ActorHandle
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -48,17 +47,16 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     trainer.check(settings, corpus)
     place.folder.write("settings.yaml", settings.to_yaml().encode())
     console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
-    journal: ActorHandle = Journal.remote()
+    journal, keeper = Journal.start()
     started = time.time()
-    with (
-        tracking.Recorder(settings, place.folder) as recorder,
-        Monitor(settings, journal, place.folder, recorder, console) as seen,
-    ):
-        outcome = trainer.train(settings, corpus, place, journal)
-    result = _result(settings, place, seen.events, trainer.final_facts(outcome), time.time() - started)
-    place.folder.write_json("result.json", result)
-    pictures = report.draw(place.folder, seen.events, result)
-    recorder.finish(result, pictures)
+    with tracking.Recorder(settings, place.folder) as recorder:
+        with Monitor(settings, journal, place.folder, recorder, console) as seen:
+            outcome = trainer.train(settings, corpus, place, journal)
+        ray.kill(keeper)
+        result = _result(settings, place, seen.events, trainer.final_facts(outcome), time.time() - started)
+        place.folder.write_json("result.json", result)
+        pictures = report.draw(place.folder, seen.events, result)
+        recorder.finish(result, pictures)
     _tell(console, result, place, pictures, recorder)
     return result
 
@@ -105,11 +103,28 @@ def prepared(settings: Settings, console: Console) -> Corpus:
     return corpus
 
 
+def prepare_only(settings: Settings, console: Console | None = None) -> Corpus:
+    """What `jobs/prepare.py` promises: the prepared corpus, a table of its splits, and what was set aside and why."""
+    console = console or Console()
+    cluster.connect(settings)
+    corpus = prepared(settings, console)
+    table = Table(title=str(corpus.folder))
+    for heading in ("split", "clips", "captions", "hours"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split, of in corpus.manifest["splits"].items():
+        table.add_row(split, str(of["clips"]), str(of["captions"]), f"{of['hours']:.2f}")
+    console.print(table)
+    for reason, count in corpus.rejected().items():
+        console.print(f"set aside: {count} {reason}")
+    console.print("Next      python jobs/train.py with the same --data settings", soft_wrap=True)
+    return corpus
+
+
 class Monitor:
     """Reads the journal while training runs: shows progress, keeps the run's history, feeds the record."""
 
     def __init__(
-        self, settings: Settings, journal: ActorHandle, folder: Folder, recorder: tracking.Recorder, console: Console
+        self, settings: Settings, journal: Journal, folder: Folder, recorder: tracking.Recorder, console: Console
     ) -> None:
         self._settings, self._journal, self._folder, self._recorder, self._console = (
             settings, journal, folder, recorder, console,
@@ -131,10 +146,7 @@ class Monitor:
         over = False
         while not over:
             over = self._over.wait(POLL_SECONDS)
-            try:
-                new = ray.get(self._journal.since.remote(self._read), timeout=10)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                continue
+            new = self._journal.since(self._read)
             self._read += len(new)
             self.events += new
             for event in new:
@@ -193,16 +205,8 @@ def _result(
 
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:
     """The final table, and where everything is."""
-    table = Table(title=f"{place.name}: retrieval on the test split")
-    for heading in ("", "R@1", "R@5", "R@10", "mAP@10", "median rank", "N"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for title, key in (("", "final"), (", injected", "final_injected")):
-        for way, name in (("t2a", "text → audio"), ("a2t", "audio → text")):
-            of = result[key].get(way)
-            if of:
-                shares = [f"{100 * of[figure]:.1f} %" for figure in ("r1", "r5", "r10", "map10")]
-                table.add_row(f"{name}{title}", *shares, f"{of['median_rank']:g}", f"{of['n']}")
-    console.print(table)
+    figures = {"": result["final"], ", injected": result["final_injected"]}
+    console.print(report.retrieval_table(f"{place.name}: retrieval on the test split", figures))
     console.print(
         f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
         f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"

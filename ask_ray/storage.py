@@ -71,6 +71,11 @@ class Folder:
         filesystem, path = self.resolve()
         return bool(filesystem.get_file_info(f"{path}/{name}" if name else path).type != fs.FileType.NotFound)
 
+    def changed(self, name: str) -> float:
+        """When a file was last changed, in seconds (Unix); 0 if the storage does not say."""
+        filesystem, path = self.resolve()
+        return (filesystem.get_file_info(f"{path}/{name}").mtime_ns or 0) / 1e9
+
     def names(self) -> list[str]:
         """Names of the files and folders in it, sorted; empty if the folder does not exist."""
         filesystem, path = self.resolve()

@@ -8,7 +8,7 @@ ray job submit --working-dir . -- python jobs/train.py      a cluster
 
 from __future__ import annotations
 
-from ask_ray.command import main
+from ask_ray.command import with_settings
 from ask_ray.config import Settings
 
 
@@ -20,4 +20,4 @@ def train(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", train)
+    with_settings(__doc__ or "", train)

@@ -53,9 +53,7 @@ def pad(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-def epoch_order(
-    groups: Sequence[int], seed: int, epoch: int, rank: int, workers: int, window: int
-) -> list[tuple[int, int]]:
+def epoch_order(groups: Sequence[int], seed: int, epoch: int, rank: int, workers: int, window: int) -> list[tuple[int, int]]:
     """The clips a worker sees in an epoch, in order.
 
     Row groups are put in random order and their rows dealt to the workers as contiguous shares of equal size (what is

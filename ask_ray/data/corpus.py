@@ -54,9 +54,7 @@ class Corpus:
         """
         folder = Folder.at(place)
         if not folder.exists("manifest.json"):
-            raise SettingsError(
-                f"{folder}: no prepared corpus is there (manifest.json is missing); run jobs/prepare.py"
-            )
+            raise SettingsError(f"{folder}: no prepared corpus is there (manifest.json is missing); run jobs/prepare.py")
         return cls(folder, folder.read_json("manifest.json"))
 
     @property

@@ -59,9 +59,7 @@ def _fingerprint(data: DataSettings, source: Source) -> str:
 def _refuse_empty(data: DataSettings, shards: list[Shard], source: Source) -> None:
     if not any(shard.split == "train" for shard in shards):
         problems = Counter(rejection.reason for rejection in source.early_rejections())
-        raise SettingsError(
-            f"data.{data.corpus}: no clip is left for the training split ({dict(problems) or 'none given'})"
-        )
+        raise SettingsError(f"data.{data.corpus}: no clip is left for the training split ({dict(problems) or 'none given'})")
 
 
 def _run(

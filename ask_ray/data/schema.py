@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from ask_ray.config import UserError
+
 SPLITS = ("train", "validation", "test")
 
 #: Clips in a row group of the Parquet files: what is read at once.
@@ -40,7 +42,7 @@ REJECTED = pa.schema(
 SILENCE = 1e-4
 
 
-class UnusableClip(ValueError):
+class UnusableClip(UserError, ValueError):
     """A recording or row that is set aside; `reason` is one of a few words, the message says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

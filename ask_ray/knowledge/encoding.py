@@ -124,7 +124,7 @@ def encode(
         for unit in np.unique(batch["unit"]):
             if int(unit) in found:
                 raise EncodingError(f"row group {unit} of {plan.corpus} came twice")
-            found[int(unit)] = {name: column[batch["unit"] == unit] for name, column in batch.items()}
+            found[int(unit)] = {str(name): column[batch["unit"] == unit] for name, column in batch.items()}
             done += groups[int(unit)].clips
             progress(done, total)
     _check(found, groups, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -26,7 +26,7 @@ def build(vectors: np.ndarray, exact_below: int, probes: int, seed: int) -> fais
     """
     count, dim = vectors.shape
     if count < exact_below:
-        index = faiss.IndexFlatIP(dim)
+        index: Any = faiss.IndexFlatIP(dim)
     else:
         lists = min(2 ** round(np.log2(4 * np.sqrt(count))), max(1, count // 39))
         index = faiss.index_factory(dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
@@ -52,7 +52,7 @@ def prototypes(audio: np.ndarray, text: np.ndarray, count: int, seed: int) -> tu
     count = min(count, len(audio))
     if count == 0:
         return np.zeros((0, audio.shape[1]), np.float32), np.zeros((0, audio.shape[1]), np.float32)
-    pairs = np.concatenate([audio, text], axis=1) / np.float32(np.sqrt(2))
+    pairs = np.asarray(np.concatenate([audio, text], axis=1) / np.sqrt(2), np.float32)
     means = faiss.Kmeans(pairs.shape[1], count, niter=20, spherical=True, seed=seed + 1, min_points_per_centroid=1)
     means.train(_sample(pairs, count * 256, seed))
     cluster = means.index.search(pairs, 1)[1][:, 0]

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from ask_ray.config import KnowledgeSettings
-from ask_ray.journal import tell
+from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.encoding import EncodingPlan, encode
 from ask_ray.knowledge.snapshot import Embeddings
@@ -47,7 +46,7 @@ class _Request:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def refresh(
-    plan: RefreshPlan, version: int, step: int, reason: str, weights: list[ray.ObjectRef], journal: ActorHandle | None
+    plan: RefreshPlan, version: int, step: int, reason: str, weights: list[ray.ObjectRef], journal: Journal
 ) -> dict[str, Any]:
     """Encode the source with `weights[0]`, build prototypes and indexes, publish the version.
 
@@ -61,7 +60,7 @@ def refresh(
         nonlocal told
         if done == total or done / total >= told + 0.25:
             told = done / total
-            tell(journal, "encoding", version=version, done=done, total=total)
+            journal.tell("encoding", version=version, done=done, total=total)
 
     entries, rows = encode(plan.encoding, weights[0], progress)
     encoded = time.time()
@@ -84,7 +83,7 @@ def refresh(
 class Refiner:
     """Runs refreshes and knows the versions of the run's current line."""
 
-    def __init__(self, plan: RefreshPlan, journal: ActorHandle | None) -> None:
+    def __init__(self, plan: RefreshPlan, journal: Journal) -> None:
         self._plan = plan
         self._journal = journal
         self._last = max(snapshot.versions(plan.home), default=0)
@@ -113,7 +112,7 @@ class Refiner:
         if self._pending is not None:
             self._settle(self._pending, None, "superseded by newer weights")
         self._pending = _Request(self._tickets, step, reason, weights[0])
-        tell(self._journal, "requested", ticket=self._tickets, step=step, reason=reason)
+        self._journal.tell("requested", ticket=self._tickets, step=step, reason=reason)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return self._tickets
@@ -175,7 +174,7 @@ class Refiner:
                 manifest = await self._attempt(request, self._last, refresh_settings.timeout_seconds)
             except (TimeoutError, Exception) as error:
                 problem = _told(error)
-                tell(self._journal, "failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
+                self._journal.tell("failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
                 if attempt < refresh_settings.attempts:
                     await asyncio.sleep(pause)
                     pause *= 2
@@ -183,16 +182,17 @@ class Refiner:
             self._line.append(manifest["version"])
             self._settle(request, manifest["version"], "published")
             facts = {name: value for name, value in manifest.items() if name not in ("files", "run")}
-            tell(self._journal, "published", **facts)
+            self._journal.tell("published", **facts)
             self._prune()
             return
         self._settle(request, None, f"failed {refresh_settings.attempts} times, the last time: {problem}")
 
     async def _attempt(self, request: _Request, version: int, seconds: float) -> dict[str, Any]:
-        tell(self._journal, "started", version=version, step=request.step)
+        self._journal.tell("started", version=version, step=request.step)
         self._current = refresh.remote(self._plan, version, request.step, request.reason, [request.weights], self._journal)
         try:
-            return dict(await asyncio.wait_for(asyncio.wrap_future(self._current.future()), seconds))
+            manifest: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(self._current.future()), seconds)
+            return manifest
         except TimeoutError:
             ray.cancel(self._current, force=True)
             raise
@@ -201,7 +201,7 @@ class Refiner:
 
     def _settle(self, request: _Request, version: int | None, outcome: str) -> None:
         self._outcomes[request.ticket] = version
-        tell(self._journal, "settled", ticket=request.ticket, step=request.step, version=version, outcome=outcome)
+        self._journal.tell("settled", ticket=request.ticket, step=request.step, version=version, outcome=outcome)
 
     def _prune(self) -> None:
         if self._pinned is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -13,7 +14,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from ask_ray.config import AskSettings
-from ask_ray.journal import tell
+from ask_ray.journal import Journal
 from ask_ray.knowledge.index import retrieve
 from ask_ray.knowledge.snapshot import Entries, Snapshot, SnapshotError, open_snapshot
 from ask_ray.storage import Folder
@@ -132,7 +133,7 @@ class Replica:
         run: str,
         dim: int,
         device: torch.device,
-        journal: ActorHandle | None,
+        journal: Journal,
         rank: int,
     ) -> None:
         self._refiner, self._journal, self._rank = refiner, journal, rank
@@ -193,7 +194,7 @@ class Replica:
     def _watch(self) -> None:
         while not self._stopped.is_set():
             try:
-                version = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
+                version: Any = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 time.sleep(0.5)  # the refiner is restarting
                 continue
@@ -205,9 +206,9 @@ class Replica:
         try:
             known = self._open(version)
         except (SnapshotError, OSError, ValueError, RuntimeError) as error:
-            tell(self._journal, "refused", version=version, rank=self._rank, problem=str(error))
+            self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
         else:
             with self._lock:
                 self._loaded[version] = known
-            tell(self._journal, "loaded", version=version, rank=self._rank, seconds=time.time() - started)
+            self._journal.tell("loaded", version=version, rank=self._rank, seconds=time.time() - started)
         self._seen = version

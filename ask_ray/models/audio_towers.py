@@ -37,7 +37,7 @@ class TinyAudio(AudioTower):
         self.front = LogMel(tiny_mel(sample_rate))
         self.augment = SpecAugment(freq_mask, time_mask)
         self.sample_rate = sample_rate
-        self.width = channels(160, width)
+        self.width = channels(192, width)
         first, second, third = (channels(count, width) for count in (48, 64, 128))
         self.stages = nn.ModuleList(
             [_Stage(1, first, (5, 7), (2, 4)), _Stage(first, second, (3, 3), (2, 2)), _Stage(second, third, (3, 3), (1, 2))]
@@ -52,8 +52,8 @@ class TinyAudio(AudioTower):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """See :meth:`AudioTower.forward`."""
         features, frames = self.front(waveforms, lengths)
-        # Everyday sounds lie around -35 dB on this scale, with a spread of about 20 dB.
-        x = self.augment((features + 35) / 20)[:, None]
+        # Everyday sounds lie around -35 dB on this scale, with a spread of about 15 dB.
+        x = self.augment((features + 35) / 15)[:, None]
         for stage in self.stages:
             x, frames = stage(x, frames)
         x = self.fold(x.permute(0, 2, 3, 1).flatten(2))

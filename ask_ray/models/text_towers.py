@@ -6,15 +6,20 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 from ask_ray.models.pooling import masked_mean
 from ask_ray.models.weights import WeightsError, few
+
+if TYPE_CHECKING:
+    from transformers import BertModel, PreTrainedTokenizerBase
+
+# transformers takes seconds to import, which every Ray worker would pay: only what builds a BERT imports it.
 
 WORDS = re.compile(r"\w+")
 
@@ -93,6 +98,8 @@ class Bert(TextTower):
         Raises:
             WeightsError: if the weights cannot be had, are not BERT's, or take fewer than `max_words` tokens.
         """
+        from transformers import BertConfig, BertModel
+
         super().__init__()
         self.max_words = max_words
         if weights is None:
@@ -117,12 +124,14 @@ class Bert(TextTower):
         return masked_mean(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
 
-def published_bert(weights: str, max_words: int) -> tuple[AutoTokenizer, BertModel]:
+def published_bert(weights: str, max_words: int) -> tuple[PreTrainedTokenizerBase, BertModel]:
     """Tokeniser and model, in training mode, from a local folder or the Hugging Face hub; safetensors only.
 
     Raises:
         WeightsError: see :class:`Bert`.
     """
+    from transformers import AutoConfig, AutoTokenizer, BertModel
+
     try:
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
         if config.model_type != "bert":

@@ -7,7 +7,7 @@ is plain NT-Xent (Eq. 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ask_ray.config import AskSettings
 from ask_ray.knowledge.replica import Neighbourhood, Reading
 from ask_ray.method import drift, influence, injection, negatives, objective, reliability, transport
 from ask_ray.training.gather import gather, world_size
+
+#: Out-of-batch similarities of audio and of text queries, (global B, M) each, or None.
+Extra = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def step(
         readings: the knowledge base's answers to the local batch; empty: plain NT-Xent of `u` and `v`.
         queue: the cross-batch memory, if it is in use.
     """
-    audio, text, consistency, extra = u, v, None, (None, None)
+    audio, text, consistency = u, v, None
+    extra: Extra = (None, None)
     if readings:
         reads = read_knowledge(u, v, readings, ask)
         audio, text = injection.inject(u, reads.audio, ask.rho), injection.inject(v, reads.text, ask.rho)
@@ -136,9 +140,6 @@ def step(
     return Step(loss.loss, *means, agreement, gather(u.detach()), gather(v.detach()))
 
 
-Extra = tuple[Tensor | None, Tensor | None]
-
-
 def _knowledge_negatives(audio: Tensor, text: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
     """Similarities to the other-modality rows of each pair's own neighbours, gathered: (global B, K) each."""
     if ask.negatives != "knowledge":
@@ -150,7 +151,8 @@ def _knowledge_negatives(audio: Tensor, text: Tensor, readings: dict[str, Readin
 
 
 def _queue_negatives(audio: Tensor, text: Tensor, ids: Tensor, queue: Queue) -> Extra:
-    assert queue.audio is not None and queue.text is not None
+    assert queue.audio is not None
+    assert queue.text is not None
     assert queue.ids is not None
     return (
         negatives.queue_negatives(audio, queue.text, ids, queue.ids),
@@ -200,7 +202,7 @@ def watched(readings: dict[str, Reading], ids: Tensor) -> tuple[dict[str, Readin
         outside = ~torch.isin(reading.numbers, ids)[:, None]
         tables = [table.detach().clone().requires_grad_() for table in (reading.audio, reading.text)]
         through = [torch.where(outside, table, table.detach()) for table in tables]
-        made[name] = Reading(reading.by_audio, reading.by_text, *through, reading.numbers)
+        made[name] = replace(reading, audio=through[0], text=through[1])
         leaves += tables
     return made, leaves
 

@@ -6,14 +6,17 @@ step, knowledge-base version, scheduler, optimizer groups) · ``settings.yaml``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ray.train import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -139,6 +142,23 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}/model.safetensors: cannot be loaded ({error})") from error
     return model.eval(), settings, place
+
+
+@contextlib.contextmanager
+def newest(run: Folder) -> Iterator[Path]:
+    """The newest whole checkpoint of a run, as a local folder.
+
+    Raises:
+        CheckpointError: if the run has none.
+    """
+    try:
+        found = Result.from_path(run.uri).checkpoint
+    except RuntimeError as error:
+        raise CheckpointError(f"{run}: not a run's folder ({error}); give <storage>/<name> of a run") from error
+    if found is None:
+        raise CheckpointError(f"{run}: the run has no checkpoint yet; wait for its first epoch")
+    with found.as_directory() as folder:
+        yield Path(folder)
 
 
 def pinned_versions(run: Folder) -> list[int]:

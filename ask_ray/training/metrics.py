@@ -73,5 +73,5 @@ def _ranks_of_right(line: Tensor, right: Tensor) -> Tensor:
 
 
 def _summary(rank: Tensor, precision: Tensor, n: int) -> Retrieval:
-    recalls = [float((rank <= cutoff).double().mean()) for cutoff in CUTOFFS]
-    return Retrieval(*recalls, map10=float(precision.mean()), median_rank=float(rank.quantile(0.5)), n=n)
+    r1, r5, r10 = (float((rank <= cutoff).double().mean()) for cutoff in CUTOFFS)
+    return Retrieval(r1, r5, r10, map10=float(precision.mean()), median_rank=float(rank.quantile(0.5)), n=n)

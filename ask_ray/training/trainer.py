@@ -14,6 +14,7 @@ from ray.train.torch import TorchTrainer
 from ask_ray import cluster
 from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
+from ask_ray.journal import Journal
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.models import registry
@@ -72,7 +73,7 @@ def _check_neighbours(settings: Settings, corpus: Corpus) -> None:
     ask, clips = settings.ask, corpus.clips("train")
     each = settings.knowledge.captions_per_clip
     barred = {"none": 0, "self": 1, "batch": settings.training.workers * settings.training.batch_size}[ask.exclude]
-    left = (clips - barred) * 1 if each == 1 else clips - barred
+    left = clips - barred
     if ask.fine and ask.neighbours > left:
         raise SettingsError(
             f"ask.neighbours is {ask.neighbours}, but of the knowledge base's {clips} clips {left} are left after excluding "
@@ -84,7 +85,7 @@ def _check_neighbours(settings: Settings, corpus: Corpus) -> None:
         )
 
 
-def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: ActorHandle | None) -> ActorHandle:
+def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> ActorHandle:
     """The run's refiner actor."""
     plan = RefreshPlan(
         place.knowledge,
@@ -94,10 +95,10 @@ def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: 
         settings.ask.prototypes if settings.ask.coarse else 0,
         settings.run.seed,
     )
-    return Refiner.remote(plan, journal)
+    return Refiner.remote(plan, journal)  # type: ignore[attr-defined]
 
 
-def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: ActorHandle | None) -> Result:
+def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> Result:
     """Run the job to its end, from its newest checkpoint if the run already has one.
 
     Raises:
@@ -109,7 +110,7 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: ActorHan
     plan = WorkerPlan(settings, str(corpus.folder), place.knowledge, place.name, place.folder, refiner, journal)
     resources = {"CPU": training.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {})}
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]
         train_loop_config={"plan": plan},
         scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
@@ -147,4 +148,4 @@ def kept_versions(place: RunPlace) -> list[int]:
 
 def final_facts(result: Result) -> dict[str, Any]:
     """What rank 0 returned."""
-    return dict(result.return_value or {})
+    return dict(result.return_value or {})  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ask_ray.config import Settings
 from ask_ray.data.batches import Batch, TrainingBatches
 from ask_ray.data.corpus import Corpus
-from ask_ray.journal import tell
+from ask_ray.journal import Journal
 from ask_ray.knowledge.encoding import EncodingPlan, encode_rows
 from ask_ray.knowledge.policy import schedule_of
 from ask_ray.knowledge.replica import Knowledge, Reading, Replica
@@ -48,7 +48,7 @@ class WorkerPlan:
     run: str
     folder: Folder
     refiner: ActorHandle | None
-    journal: ActorHandle | None
+    journal: Journal
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Worker:
         if self.device.type == "cuda" and world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.wrapped = ray.train.torch.prepare_model(model)
-        self.model: DualEncoder = self.wrapped.module if world_size() > 1 else self.wrapped
+        self.model = model
         training = self.settings.training
         self.batches = TrainingBatches(
             self.corpus, self.settings.data, self.model.tokenise, training.batch_size, self.settings.run.seed, self.rank,
@@ -156,7 +156,7 @@ class Worker:
             tell_all(None)  # no rank asks for later versions before the refiner has forgotten them
             self.replica.start(self.place.knowledge_version)
         if self.rank == 0:
-            tell(self.plan.journal, "began", step=self.place.step, epoch=self.place.epoch, world_size=world_size())
+            self.plan.journal.tell("began", step=self.place.step, epoch=self.place.epoch, world_size=world_size())
 
     def _epoch(self, epoch: int) -> None:
         started = time.time()
@@ -189,7 +189,7 @@ class Worker:
 
         An urgent refresh does not queue behind one that is under way: that one is given up.
         """
-        ticket = None
+        ticket: Any = None
         if self.rank == 0:
             assert self.plan.refiner is not None
             if urgent:
@@ -201,7 +201,7 @@ class Worker:
 
     def _wait(self, ticket: int) -> None:
         assert self.replica is not None
-        version = None
+        version: Any = None
         if self.rank == 0:
             assert self.plan.refiner is not None
             over = False
@@ -223,8 +223,8 @@ class Worker:
         known = self.replica.current
         assert known is not None
         self._move(knowledge_version=version)
-        tell(
-            self.plan.journal, "swapped", rank=self.rank, version=version, step=self.place.step,
+        self.plan.journal.tell(
+            "swapped", rank=self.rank, version=version, step=self.place.step,
             lag_steps=self.place.step - known.encoder_step, swap_ms=1000 * (time.perf_counter() - started),
         )  # fmt: skip
         if self.rank == 0:
@@ -257,8 +257,8 @@ class Worker:
             temperature=1 / scale, gradient_norm=norm, **drift,
         )  # fmt: skip
         if self.rank == 0 and self.place.step % 10 == 0:
-            seen = {name: float(value) for name, value in {"loss": made.loss, **drift}.items()}
-            tell(self.plan.journal, "step", step=self.place.step, version=self.place.knowledge_version, **seen)
+            seen = {name: float(value) for name, value in {"loss": made.loss.detach(), **drift}.items()}
+            self.plan.journal.tell("step", step=self.place.step, version=self.place.knowledge_version, **seen)
 
     def _read(self, u: Tensor, v: Tensor, batch: Batch, ids: Tensor) -> dict[str, Reading]:
         known = self.replica.current if self.replica is not None else None
@@ -307,7 +307,7 @@ class Worker:
         states = gather_objects(checkpoint.random_state())
         with self._checkpoint(states, last or epoch % training.checkpoint_every == 0) as saved:
             if self.rank == 0:
-                tell(self.plan.journal, "epoch", **metrics)
+                self.plan.journal.tell("epoch", **metrics)
             ray.train.report(metrics, checkpoint=saved)
         if self.rank == 0 and self.replica is not None:
             self.plan.refiner.pin.remote(checkpoint.pinned_versions(self.plan.folder))  # type: ignore[union-attr]

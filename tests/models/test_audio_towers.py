@@ -95,7 +95,7 @@ def test_any_length_is_heard(make, samples: int) -> None:
 @pytest.mark.parametrize("width", [0.01, 0.25, 1.0, 1.3])
 def test_width_scales_the_tiny_tower(width: float) -> None:
     tower = tiny(width=width)
-    assert tower.width == max(8, round(20 * width) * 8)
+    assert tower.width == max(8, round(24 * width) * 8)
     assert tower(*batch([3200, 1600])).shape == (2, tower.width)
 
 
