@@ -24,14 +24,18 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.encoding import EncodingPlan, encode_rows
 from ask_ray.knowledge.policy import schedule_of
-from ask_ray.knowledge.replica import Knowledge, Reading, Replica
+from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder
-from ask_ray.training import ask, checkpoint, evaluation
+from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
-from ask_ray.training.gather import agree_on_least, gather, gather_objects, tell_all, world_size
+from ask_ray.training.gather import agree_on_least, gather_objects, tell_all, world_size
+from ask_ray.training.step import Stepper
+
+#: Steps between those that are told to the journal one by one.
+STEPS_TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,21 @@ class Worker:
         checkpoint.seed_everything(self.settings.run.seed, self.rank + 1)
         if self.device.type == "cuda" and world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.wrapped = ray.train.torch.prepare_model(model)
         self.model = model
         training = self.settings.training
         self.batches = TrainingBatches(
-            self.corpus, self.settings.data, self.model.tokenise, training.batch_size, self.settings.run.seed, self.rank,
+            self.corpus,
+            self.settings.data,
+            model.tokenise,
+            training.batch_size,
+            self.settings.run.seed,
+            self.rank,
             world_size(),
-        )  # fmt: skip
+        )
         self.steps = self.batches.steps
-        self.optimizer = make_optimizer(self.model, training.learning_rate, training.weight_decay)
-        total = training.epochs * self.steps
-        self.scheduler = make_scheduler(self.optimizer, total, round(total * training.warmup_share))
+        wrapped = ray.train.torch.prepare_model(model)
+        self.stepper = Stepper(wrapped, model, self.settings, self.steps, self.device)
         self.schedule = schedule_of(self.settings.knowledge.refresh, self.steps)
-        self.queue = ask.Queue(self.settings.ask.queue) if self._asks and self.settings.ask.negatives == "queue" else None
         self.means = Means()
         self.place = Place(0, 0, 0, plan.corpus)
         self.replica = self._replica()
@@ -149,7 +155,9 @@ class Worker:
         found = ray.train.get_checkpoint()
         if found is not None:
             with found.as_directory() as folder:
-                self.place = checkpoint.restore(Path(folder), self.model, self.optimizer, self.scheduler, self.rank)
+                self.place = checkpoint.restore(
+                    Path(folder), self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank
+                )
         if self.replica is not None:
             if self.rank == 0:
                 ray.get(self.plan.refiner.start_from.remote(self.place.knowledge_version))  # type: ignore[union-attr]
@@ -160,10 +168,10 @@ class Worker:
 
     def _epoch(self, epoch: int) -> None:
         started = time.time()
-        self.wrapped.train()
+        self.model.train()
         for batch in self.batches.epoch(epoch):
             self._before_step(epoch_starts=self.place.step == epoch * self.steps)
-            self._step(batch.to(self.device), watch=self.settings.ask.influence and self.place.step % self.steps == 0)
+            self._step(batch.to(self.device))
             self._move(step=self.place.step + 1)
         self._move(epoch=epoch + 1)
         self._report(time.time() - started)
@@ -230,60 +238,14 @@ class Worker:
         if self.rank == 0:
             self.plan.refiner.swapped.remote(version)  # type: ignore[union-attr]
 
-    # --- a step ---
-
-    def _step(self, batch: Batch, watch: bool) -> None:
-        training = self.settings.training
-        with self._autocast():
-            u, v, scale = self.wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
-        ids = gather(batch.ids)
-        readings = self._read(u, v, batch, ids)
-        leaves: list[Tensor] = []
-        if watch:
-            readings, leaves = ask.watched(readings, ids)
-        made = ask.step(u, v, scale, ids, readings, self.queue, self.settings.ask)
-        if watch:
-            self.means.add(influence=ask.measured_influence(made.loss, leaves))
-        self.optimizer.zero_grad(set_to_none=True)
-        made.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.queue is not None:
-            self.queue.push(made.audio, made.text, ids)
-        drift = self._drift(made, batch, ids, 1 / scale.detach())
-        self.means.add(
-            loss=made.loss, loss_a2t=made.audio_to_text, loss_t2a=made.text_to_audio, consistency=made.consistency,
-            temperature=1 / scale, gradient_norm=norm, **drift,
-        )  # fmt: skip
-        if self.rank == 0 and self.place.step % 10 == 0:
-            seen = {name: float(value) for name, value in {"loss": made.loss.detach(), **drift}.items()}
+    def _step(self, batch: Batch) -> None:
+        known = self.replica.current if self.replica is not None else None
+        watch = self.settings.ask.influence and self.place.step % self.steps == 0
+        figures = self.stepper.take(batch, known, watch)
+        self.means.add(**figures)
+        if self.rank == 0 and self.place.step % STEPS_TOLD == 0:
+            seen = {name: float(figures[name]) for name in ("loss", "rdm_audio", "rdm_text") if name in figures}
             self.plan.journal.tell("step", step=self.place.step, version=self.place.knowledge_version, **seen)
-
-    def _read(self, u: Tensor, v: Tensor, batch: Batch, ids: Tensor) -> dict[str, Reading]:
-        known = self.replica.current if self.replica is not None else None
-        return {} if known is None else known.read(u.detach(), v.detach(), batch.ids, ids, self.settings.ask)
-
-    def _drift(self, made: ask.Step, batch: Batch, ids: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-        """The free drift reading of the global batch, where its pairs are entries of the knowledge base."""
-        known = self.replica.current if self.replica is not None else None
-        if known is None:
-            return {}
-        entry = known.locate(ids, gather(batch.captions))
-        there = entry >= 0
-        stored_audio, stored_text = known.rows(entry[there])
-        tau = float(temperature)
-        return {
-            "rdm_audio": ask.batch_drift(made.audio[there], stored_audio, tau),
-            "rdm_text": ask.batch_drift(made.text[there], stored_text, tau),
-        }
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        wanted = self.settings.training.precision
-        can = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        if wanted == "bfloat16" or (wanted == "auto" and can):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
 
     # --- the end of an epoch ---
 
@@ -294,7 +256,7 @@ class Worker:
             "step": self.place.step,
             **self.means.take(),
             "clips_per_second": self.steps * training.batch_size * world_size() / seconds,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
             "knowledge_version": self.place.knowledge_version,
             **self._probe(),
         }
@@ -319,7 +281,7 @@ class Worker:
             return
         with tempfile.TemporaryDirectory(prefix="ask_ray-checkpoint-") as folder:
             checkpoint.save(
-                Path(folder), self.place, self.settings, self.model, self.optimizer, self.scheduler, states
+                Path(folder), self.place, self.settings, self.model, self.stepper.optimizer, self.stepper.scheduler, states
             )  # fmt: skip
             yield ray.train.Checkpoint.from_directory(folder)
 
@@ -376,24 +338,3 @@ def encoding_plan(settings: Settings, corpus: str) -> EncodingPlan:
     return EncodingPlan(
         corpus, "train", knowledge.captions_per_clip, settings.data.max_seconds, settings.model, knowledge.pool
     )  # fmt: skip
-
-
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not biases, norms or the temperature."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate)
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear rise over `warmup` steps, then a cosine to zero at `steps`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

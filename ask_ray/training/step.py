@@ -1,0 +1,107 @@
+"""An optimiser step: forward, the ASK loss over the global batch, backward, update, and what is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ask_ray.config import Settings
+from ask_ray.data.batches import Batch
+from ask_ray.knowledge.replica import Knowledge
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.training import ask
+from ask_ray.training.gather import gather
+
+
+class Stepper:
+    """The model with its optimiser, its schedule and, if the settings want one, its cross-batch memory."""
+
+    def __init__(
+        self, wrapped: nn.Module, model: DualEncoder, settings: Settings, steps_per_epoch: int, device: torch.device
+    ) -> None:
+        """`wrapped` is `model`, or `model` made data-parallel."""
+        self._wrapped, self._model, self._settings = wrapped, model, settings
+        training, total = settings.training, settings.training.epochs * steps_per_epoch
+        self._autocast = _autocast(training.precision, device)
+        self.optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)
+        self.scheduler = make_scheduler(self.optimizer, total, round(total * training.warmup_share))
+        remembers = settings.ask.enabled and settings.ask.negatives == "queue"
+        self.queue = ask.Queue(settings.ask.queue) if remembers else None
+
+    def take(self, batch: Batch, known: Knowledge | None, watch: bool = False) -> dict[str, Tensor]:
+        """Take a step on a batch that lies on the device.
+
+        Args:
+            known: the knowledge base in use, or None: then the loss is that of the batch alone.
+            watch: also measure the out-of-batch influence.
+
+        Returns:
+            scalars by name, detached, of the global batch: loss, loss_a2t, loss_t2a, temperature, gradient_norm, and with
+            knowledge consistency, rdm_audio, rdm_text (NaN where fewer than two pairs are stored) and influence.
+        """
+        with self._autocast:
+            u, v, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
+        ids = gather(batch.ids)
+        readings = known.read(u.detach(), v.detach(), batch.ids, ids, self._settings.ask) if known is not None else {}
+        leaves: list[Tensor] = []
+        if watch:
+            readings, leaves = ask.watched(readings, ids)
+        made = ask.step(u, v, scale, ids, readings, self.queue, self._settings.ask)
+        figures = {"influence": ask.measured_influence(made.loss, leaves)} if watch else {}
+        self.optimizer.zero_grad(set_to_none=True)
+        made.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.training.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.queue is not None:
+            self.queue.push(made.audio, made.text, ids)
+        figures |= {"loss": made.loss.detach(), "loss_a2t": made.audio_to_text, "loss_t2a": made.text_to_audio}
+        figures |= {"temperature": 1 / scale.detach(), "gradient_norm": norm}
+        if made.consistency is not None and known is not None:
+            figures |= {"consistency": made.consistency, **drift_of_batch(made, known, ids, gather(batch.captions), scale)}
+        return figures
+
+
+def drift_of_batch(made: ask.Step, known: Knowledge, ids: Tensor, captions: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """The free drift reading: the global batch's fresh rows against its stored ones, where its pairs are entries."""
+    entry = known.locate(ids, captions)
+    there = entry >= 0
+    stored_audio, stored_text = known.rows(entry[there])
+    tau = float(1 / scale.detach())
+    return {
+        "rdm_audio": ask.batch_drift(made.audio[there], stored_audio, tau),
+        "rdm_text": ask.batch_drift(made.text[there], stored_text, tau),
+    }
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 where it is asked for, or where `auto` finds a GPU that has it."""
+    can = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bfloat16" or (precision == "auto" and can):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not biases, norms or the temperature."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear rise over `warmup` steps, then a cosine to zero at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
