@@ -5,33 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from ask_ray.config import Settings, SettingsError
 
-
-@dataclass(frozen=True)
-class Needs:
-    """The CPUs and GPUs that must be free at once, and how they add up."""
-
-    cpus: float
-    gpus: float
-    sum: str
-
-
-def needs_of_training(settings: Settings, gpus_per_worker: float) -> Needs:
-    """What training and the refresh beside it reserve together."""
-    training, pool = settings.training, settings.knowledge.pool
-    cpus = training.workers * training.cpus_per_worker
-    gpus = training.workers * gpus_per_worker
-    text = f"{training.workers} workers x {training.cpus_per_worker:g} CPU + {gpus_per_worker:g} GPU"
-    if settings.ask.enabled:
-        cpus += pool.min_actors * pool.cpus
-        gpus += pool.min_actors * pool.gpus
-        text += f", {pool.min_actors} encoder actors x {pool.cpus:g} CPU + {pool.gpus:g} GPU"
-    return Needs(cpus, gpus, text)
+#: Workers on a machine without GPUs, where the settings name no number.
+CPU_WORKERS = 2
+#: What the pool takes of a GPU that it must share with a worker.
+SHARED_GPU = 0.25
 
 
 def connect(settings: Settings) -> None:
@@ -42,7 +25,7 @@ def connect(settings: Settings) -> None:
     if ray.is_initialized():
         return
     join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
-    least = max(needs_of_training(settings, 0).cpus, settings.data.prepare_tasks)
+    least = max(_cpus(settings, settings.training.workers or CPU_WORKERS), settings.data.prepare_tasks)
     ray.init(
         address=os.environ.get("RAY_ADDRESS", "auto") if join else "local",
         num_cpus=None if join else max(os.cpu_count() or 1, math.ceil(least)),
@@ -53,41 +36,75 @@ def connect(settings: Settings) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def gpus_per_worker(settings: Settings) -> int:
-    """1 if training is to run on GPUs, by `training.device` and what the cluster has."""
-    wanted = settings.training.device
-    has = ray.cluster_resources().get("GPU", 0) >= settings.training.workers
-    return int(wanted == "cuda" or (wanted == "auto" and has))
+def _cpus(settings: Settings, workers: int) -> float:
+    """CPUs that training and the pool beside it reserve at once."""
+    pool = settings.knowledge.pool
+    beside = pool.min_actors * pool.cpus if settings.ask.enabled else 0.0
+    return workers * settings.training.cpus_per_worker + beside
 
 
-def check_schedulable(settings: Settings) -> None:
-    """Refuse, before anything starts, a run that this cluster can never hold.
+def fitted(settings: Settings) -> Settings:
+    """The settings with every share that was left open filled in by what the cluster has, and proven to fit.
 
     Raises:
-        SettingsError: with the sum of what is asked for and what there is.
+        SettingsError: for a run that this cluster can never hold, with the sum of what is asked for and what there is.
     """
-    needs = needs_of_training(settings, gpus_per_worker(settings))
     there = ray.cluster_resources()
-    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    if needs.cpus > cpus or needs.gpus > gpus:
+    made = share(settings, there.get("GPU", 0.0))
+    _check_sum(made, there.get("CPU", 0.0), there.get("GPU", 0.0))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    _check_nodes(made, nodes)
+    return made
+
+
+def share(settings: Settings, gpus: float) -> Settings:
+    """Deal a cluster's GPUs to workers and encoder actors, where the settings leave it open."""
+    training, pool = settings.training, settings.knowledge.pool
+    device = training.device if training.device != "auto" else ("cuda" if gpus >= 1 else "cpu")
+    if device == "cpu":
+        shares: dict[str, object] = {"workers": training.workers or CPU_WORKERS, "gpus_per_worker": None, "device": device}
+        return _filled(settings, shares, pool.gpus or 0.0)
+    workers = training.workers or max(1, int(gpus))
+    spare = gpus - workers >= pool.min_actors or not settings.ask.enabled
+    per_worker = training.gpus_per_worker or (1.0 if spare else 1.0 - SHARED_GPU)
+    of_pool = pool.gpus if pool.gpus is not None else (1.0 if spare else SHARED_GPU)
+    return _filled(settings, {"workers": workers, "gpus_per_worker": per_worker, "device": device}, of_pool)
+
+
+def _filled(settings: Settings, training: dict[str, object], pool_gpus: float) -> Settings:
+    knowledge = settings.knowledge
+    pool = knowledge.pool.model_copy(update={"gpus": pool_gpus})
+    return settings.model_copy(
+        update={
+            "training": settings.training.model_copy(update=training),
+            "knowledge": knowledge.model_copy(update={"pool": pool}),
+        }
+    )
+
+
+def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
+    training, pool = settings.training, settings.knowledge.pool
+    workers, each = training.workers or 0, training.gpus_per_worker or 0.0
+    actors = pool.min_actors if settings.ask.enabled else 0
+    asked_cpus, asked_gpus = _cpus(settings, workers), workers * each + actors * (pool.gpus or 0.0)
+    if asked_cpus > cpus or asked_gpus > gpus:
         raise SettingsError(
-            f"training.workers: the run reserves {needs.cpus:g} CPU and {needs.gpus:g} GPU at once ({needs.sum}), the "
-            f"cluster has {cpus:g} CPU and {gpus:g} GPU: lower training.workers, training.cpus_per_worker or "
-            "knowledge.pool.cpus, or add nodes"
+            f"training.workers: the run reserves {asked_cpus:g} CPU and {asked_gpus:g} GPU at once ({workers} workers x "
+            f"{training.cpus_per_worker:g} CPU + {each:g} GPU, {actors} encoder actors x {pool.cpus:g} CPU + "
+            f"{pool.gpus or 0.0:g} GPU), the cluster has {cpus:g} CPU and {gpus:g} GPU: lower training.workers, "
+            "training.cpus_per_worker or knowledge.pool.cpus, set training.device to cpu, or add nodes"
         )
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
+def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
+    """What one worker, actor or task reserves must fit on one node."""
+    largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
     for field, asked in (
         ("training.cpus_per_worker", settings.training.cpus_per_worker),
         ("knowledge.pool.cpus", settings.knowledge.pool.cpus),
-        ("data.prepare_tasks", 1.0),
     ):
         if asked > largest:
             raise SettingsError(f"{field}: {asked:g} CPU are asked of one node, the largest node has {largest:g}")
     labels = settings.knowledge.pool.node_labels
-    if settings.ask.enabled and labels and not any(_has_labels(node, labels) for node in ray.nodes()):
+    if settings.ask.enabled and labels and not any(labels.items() <= (node.get("Labels") or {}).items() for node in nodes):
         raise SettingsError(f"knowledge.pool.node_labels: no live node of the cluster carries {labels}")
-
-
-def _has_labels(node: dict[str, object], labels: dict[str, str]) -> bool:
-    carried = node.get("Labels") or {}
-    return bool(node["Alive"]) and isinstance(carried, dict) and labels.items() <= carried.items()

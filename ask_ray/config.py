@@ -94,7 +94,10 @@ class DataSettings(Section):
     sample_rate: int = Field(16000, ge=4000, le=48000, description="Hz of the prepared mono waveforms")
     min_seconds: float = Field(0.1, gt=0, description="shorter clips are set aside")
     max_seconds: float = Field(
-        10.0, gt=0, description="longer clips are cropped when read: at random in training, from the start elsewhere"
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="longer clips are cropped when read: at random in training, from the start elsewhere",
     )
     max_rejected: Share = Field(0.1, description="refuse a corpus of which a larger share had to be set aside")
     shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
@@ -174,7 +177,9 @@ class PoolSettings(Section):
     min_actors: Count = Field(1, description="encoder actors at least")
     max_actors: Count = Field(1, description="encoder actors at most")
     cpus: Positive = Field(0.5, description="CPUs reserved by an encoder actor")
-    gpus: float = Field(0.0, ge=0, description="GPUs reserved by an encoder actor")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs reserved by an encoder actor. Unset: one that training leaves over, else a quarter of one"
+    )
     batch_size: Count = Field(64, description="clips encoded at once")
     node_labels: dict[str, str] = Field({}, description="encode only on nodes with these labels")
 
@@ -194,11 +199,14 @@ class KnowledgeSettings(Section):
 class TrainingSettings(Section):
     """The optimisation, its workers and its checkpoints."""
 
-    epochs: Count = Field(18, description="passes over the training split")
+    epochs: Count = Field(12, description="passes over the training split")
     batch_size: Count = Field(32, description="pairs per worker and step")
-    workers: Count = Field(2, description="data-parallel workers")
+    workers: Count | None = Field(None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs")
     cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes one GPU per worker if the cluster has them")
+    gpus_per_worker: float | None = Field(
+        None, gt=0, le=1, description="GPUs reserved by a worker. Unset: one, or three quarters where the pool must share it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if the cluster has any")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
     learning_rate: Positive = Field(1e-3, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
@@ -270,7 +278,7 @@ def load(document: str | dict[str, Any], origin: str = "settings") -> Settings:
     """
     try:
         values = yaml.safe_load(document) if isinstance(document, str) else document
-        return Settings.model_validate(values or {})
+        return Settings.model_validate({} if values is None else values)
     except (ValidationError, yaml.YAMLError) as error:
         raise SettingsError(f"{origin}: {describe(error)}") from error
 
@@ -300,8 +308,8 @@ class _Parser(ArgumentParser):
 def parser(description: str) -> ArgumentParser:
     """A parser with the whole settings tree; jobs add their own arguments to it.
 
-    ``--config`` takes a YAML file or a preset's name and may be repeated; later ones, and dotted arguments such as
-    ``--ask.rho 0.5``, win. ``--print_config`` prints the tree that results.
+    ``--config`` takes a YAML file or a preset's name and may be repeated; later ones win, and dotted arguments such as
+    ``--ask.rho 0.5`` win over all of them, wherever they stand. ``--print_config`` prints the tree that results.
     """
     made = _Parser(description=description, default_meta=False)
     presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
@@ -316,17 +324,22 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple
 
     Exits with status 2 and a message that names the field when something is wrong.
     """
-    given = [_preset(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    found = made.instantiate_classes(made.parse_args(given))
+    found = made.parse_args(_ordered(sys.argv[1:] if arguments is None else arguments))
     try:
-        return Settings(**{name: getattr(found, name) for name in Settings.model_fields}), found
+        return Settings.model_validate({name: found[name].as_dict() for name in Settings.model_fields}), found
     except ValidationError as error:
         made.error(describe(error))
 
 
-def _preset(word: str) -> str:
-    """A preset's name as its file; any other word as it is."""
-    flag, separator, value = word.rpartition("=")
-    path = PRESETS / f"{value}.yaml"
-    named = flag in ("", "--config") and value.isidentifier() and path.exists()
-    return f"{flag}{separator}{path}" if named else word
+def _ordered(words: Sequence[str]) -> list[str]:
+    """The words with every ``--config`` first, so that dotted arguments win, and presets as their files."""
+    configs, others = [], []
+    rest = iter(words)
+    for word in rest:
+        flag, separator, value = word.partition("=")
+        if flag == "--config" and (separator or (value := next(rest, ""))):
+            path = PRESETS / f"{value}.yaml"
+            configs.append(f"--config={path if value.isidentifier() and path.exists() else value}")
+        else:
+            others.append(word)
+    return configs + others

@@ -24,7 +24,16 @@ from ask_ray.training.trainer import RunPlace
 POLL_SECONDS = 0.5
 
 #: Settings that may change when a run is continued: they say where and how, not what.
-MAY_CHANGE = ("tracking", "training.epochs", "training.workers", "training.cpus_per_worker", "training.max_failures")
+MAY_CHANGE = (
+    "run.worker_logs",
+    "tracking",
+    "training.workers",
+    "training.cpus_per_worker",
+    "training.gpus_per_worker",
+    "training.device",
+    "training.max_failures",
+    "knowledge.pool",
+)
 
 
 def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
@@ -39,10 +48,11 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     settings = _named(settings)
+    cluster.connect(settings)
+    settings = cluster.fitted(settings)
     place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))
     place.storage.check_writable("run.storage")
     continued = _check_same(settings, place)
-    cluster.connect(settings)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
     place.folder.write("settings.yaml", settings.to_yaml().encode())

@@ -11,6 +11,14 @@ import soxr
 from ask_ray.data.schema import UnusableClip
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there; false too for a name that no filesystem takes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def load(path: Path, rate: int) -> np.ndarray:
     """Decode a file (wav, flac, ogg, mp3, …), average its channels and resample it.
 
@@ -20,13 +28,13 @@ def load(path: Path, rate: int) -> np.ndarray:
     Raises:
         UnusableClip: if the file is missing or cannot be decoded.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise UnusableClip("missing file", f"{path} is not there")
     if path.stat().st_size == 0:
         raise UnusableClip("empty", f"{path} holds no bytes")
     try:
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # a damaged header can promise any length
         raise UnusableClip("unreadable", f"{path}: {error}") from error
     mono = samples.mean(axis=1)
     if found == rate or mono.size == 0 or not np.isfinite(mono).all():

@@ -117,6 +117,8 @@ def _recorded_bank(folder: str, rate: int, min_seconds: float) -> tuple[Recorded
     for row in _bank_rows(folder):
         try:
             captions = usable_captions(row.captions)
+            if not captions[0].strip(" .!;,"):
+                raise UnusableClip("empty caption", "the first caption has no words")
             samples = audio.load(row.path, rate)
             usable_waveform(samples, rate, min_seconds)
             recordings.append((samples, captions[0]))
@@ -147,7 +149,7 @@ class ManifestRow:
 
     def key(self) -> str:
         """The row and its file's size and time of change."""
-        stat = self.path.stat() if self.path.is_file() else None
+        stat = self.path.stat() if audio.is_there(self.path) else None
         return repr((self.id, str(self.path), self.captions, self.split, stat and (stat.st_size, stat.st_mtime_ns)))
 
 
@@ -200,14 +202,16 @@ def _folder_rows(settings: FolderSettings, setting: str) -> Iterator[ManifestRow
 def _audio_root(folder: Path, name: object) -> Path:
     """The folder that a relative file name starts from: the corpus's own, or its `audio` folder."""
     inner = folder / "audio"
-    return inner if isinstance(name, str) and not (folder / name).exists() and (inner / name).exists() else folder
+    if not isinstance(name, str) or audio.is_there(folder / name.strip()):
+        return folder
+    return inner if audio.is_there(inner / name.strip()) else folder
 
 
 def _manifest_row(row: dict[str, Any], root: Path, seen: set[str]) -> ManifestRow:
     name = str(row.get("file_name") or "").strip()
     columns = sorted((key for key in row if re.fullmatch(r"caption(_\d+)?", key)), key=lambda key: (len(key), key))
     captions = tuple(row[key] for key in columns)
-    identity = str(row.get("id") or name)
+    identity = name if row.get("id") in (None, "") else str(row["id"])
     given = str(row.get("split") or "").strip().lower()
     split = _SPLIT_WORDS.get(given, given) or None
     problem = None
@@ -245,7 +249,7 @@ def _read_manifest(path: Path, setting: str) -> pa.Table:
         if kind == "csv":
             table = _read_csv(path)
         elif kind == "json":
-            table = pyarrow.json.read_json(path)
+            table = _read_json(path)
         elif kind == "parquet":
             table = pyarrow.parquet.read_table(path)
         else:
@@ -270,6 +274,13 @@ def _read_csv(path: Path) -> pa.Table:
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
     )
+
+
+def _read_json(path: Path) -> pa.Table:
+    """A JSONL file; text that looks like a date stays text."""
+    table = pyarrow.json.read_json(path)
+    dates = [(field.name, pa.string()) for field in table.schema if pa.types.is_timestamp(field.type)]
+    return pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(pa.schema(dates))) if dates else table
 
 
 def _split_rows(rows: Iterator[ManifestRow], settings: FolderSettings) -> Iterator[ManifestRow]:

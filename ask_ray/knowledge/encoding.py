@@ -84,7 +84,7 @@ class Encoder:
 
     def __init__(self, plan: EncodingPlan, weights: list[ray.ObjectRef]) -> None:
         torch.set_num_threads(max(1, int(plan.pool.cpus)))
-        self.device = torch.device("cuda" if plan.pool.gpus > 0 else "cpu")
+        self.device = torch.device("cuda" if plan.pool.gpus else "cpu")
         self.corpus = Corpus.open(plan.corpus)
         self.groups = self.corpus.groups(plan.split)
         self.plan = plan
@@ -145,7 +145,7 @@ def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, groups: list[Group]) ->
     context.enable_progress_bars = False
     # Explicit, so that the pool never waits for CPUs that Ray Data believes to belong to others.
     context.execution_options.resource_limits = ExecutionResources(
-        cpu=pool.max_actors * pool.cpus, gpu=pool.max_actors * pool.gpus or None
+        cpu=pool.max_actors * pool.cpus, gpu=pool.max_actors * pool.gpus if pool.gpus else None
     )
     options: dict[str, Any] = {"label_selector": pool.node_labels} if pool.node_labels else {}
     units = ray.data.from_items([{"unit": unit} for unit in range(len(groups))], override_num_blocks=len(groups))

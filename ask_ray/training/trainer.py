@@ -11,7 +11,6 @@ from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from ask_ray import cluster
 from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
@@ -44,13 +43,19 @@ class RunPlace:
         return self.folder / "knowledge"
 
 
+def workers_of(settings: Settings) -> int:
+    """The number of workers of :func:`ask_ray.cluster.fitted` settings."""
+    if settings.training.workers is None:
+        raise SettingsError("training.workers: not filled in yet; fit the settings to the cluster first")
+    return settings.training.workers
+
+
 def check(settings: Settings, corpus: Corpus) -> None:
     """Refuse, before anything starts, what could not be trained.
 
     Raises:
         SettingsError, WeightsError: naming the field, the sum or the file.
     """
-    cluster.check_schedulable(settings)
     registry.build(settings.model, corpus.sample_rate)
     _check_batches(settings, corpus)
     if settings.ask.enabled:
@@ -59,9 +64,9 @@ def check(settings: Settings, corpus: Corpus) -> None:
 
 def _check_batches(settings: Settings, corpus: Corpus) -> None:
     training, clips = settings.training, corpus.clips("train")
-    if clips // training.workers < training.batch_size:
+    if clips // workers_of(settings) < training.batch_size:
         raise SettingsError(
-            f"training.batch_size: {training.workers} workers x {training.batch_size} pairs are more than the {clips} clips "
+            f"training.batch_size: {workers_of(settings)} workers x {training.batch_size} pairs are more than the {clips} clips "
             "of the training split: lower training.batch_size or training.workers"
         )
     if corpus.clips("test") == 0:
@@ -72,7 +77,7 @@ def _check_neighbours(settings: Settings, corpus: Corpus) -> None:
     """K and Nc against what the knowledge base will hold."""
     ask, clips = settings.ask, corpus.clips("train")
     each = settings.knowledge.captions_per_clip
-    barred = {"none": 0, "self": 1, "batch": settings.training.workers * settings.training.batch_size}[ask.exclude]
+    barred = {"none": 0, "self": 1, "batch": workers_of(settings) * settings.training.batch_size}[ask.exclude]
     left = clips - barred
     if ask.fine and ask.neighbours > left:
         raise SettingsError(
@@ -105,14 +110,14 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
         TrainingFailed: if it fails more often than `training.max_failures` allows.
     """
     training = settings.training
-    gpus = cluster.gpus_per_worker(settings)
     refiner = start_refiner(settings, corpus, place, journal) if settings.ask.enabled else None
     plan = WorkerPlan(settings, str(corpus.folder), place.knowledge, place.name, place.folder, refiner, journal)
-    resources = {"CPU": training.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {})}
+    gpus = training.gpus_per_worker
+    resources = {"CPU": training.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"plan": plan},
-        scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers_of(settings), use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name=place.name,
             storage_path=place.storage.uri,

@@ -1,0 +1,235 @@
+"""Snapshots: what is written is what is opened, and nothing damaged, unfinished or foreign ever is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ask_ray.config import UserError
+from ask_ray.knowledge import index, snapshot
+from ask_ray.knowledge.snapshot import Embeddings, Entries, SnapshotError, open_snapshot, publish
+from ask_ray.storage import Folder
+
+DIM, RUN = 8, "some-run"
+FILES = ("entries.parquet", "audio.npy", "text.npy", "prototypes_audio.npy", "prototypes_text.npy", "audio.index", "text.index")
+
+
+def unit(count: int, seed: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def put(home: Folder, version: int, clips: int = 10, prototypes: int = 4) -> tuple[Entries, Embeddings, Embeddings, dict]:
+    count = 2 * clips
+    entries = Entries(
+        [f"clip {row // 2}" for row in range(count)],
+        np.repeat(np.arange(clips, dtype=np.int64) * 7 + version, 2),
+        [f"a bell rings, take {row}; ünïcode" for row in range(count)],
+        np.tile(np.array([0, 1], np.int64), clips),
+        ["corpus"] * count,
+    )
+    rows = Embeddings(unit(count, version), unit(count, version + 100))
+    paired = Embeddings(unit(prototypes, version + 200), unit(prototypes, version + 300))
+    built = (index.build(rows.audio, 10**6, 4, 0), index.build(rows.text, 10**6, 4, 0))
+    manifest = publish(home, version, entries, rows, paired, built, {"run": RUN, "encoder_step": 10 * version})
+    return entries, rows, paired, manifest
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Folder:
+    return Folder.at(str(tmp_path / "knowledge"))
+
+
+def file_of(home: Folder, version: int, name: str) -> Path:
+    return home.local / f"v{version:06d}" / name
+
+
+@pytest.mark.parametrize("prototypes", [4, 0])
+def test_what_is_published_is_what_is_opened(home, prototypes):
+    entries, rows, paired, manifest = put(home, 3, prototypes=prototypes)
+    opened = open_snapshot(home, 3, RUN, DIM)
+    assert opened.version == 3
+    assert opened.manifest == manifest
+    assert {name: manifest[name] for name in ("entries", "dim", "prototypes", "run", "encoder_step")} == {
+        "entries": 20, "dim": DIM, "prototypes": prototypes, "run": RUN, "encoder_step": 30,
+    }  # fmt: skip
+    for name in ("ids", "captions", "sources"):
+        assert getattr(opened.entries, name) == getattr(entries, name)
+    for name in ("numbers", "which"):
+        np.testing.assert_array_equal(getattr(opened.entries, name), getattr(entries, name))
+        assert getattr(opened.entries, name).dtype == np.int64
+    assert opened.entries.most_per_clip == 2
+    for ours, theirs in (
+        (opened.audio, rows.audio), (opened.text, rows.text),
+        (opened.prototypes_audio, paired.audio), (opened.prototypes_text, paired.text),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == np.float32
+    assert (opened.audio_index.search(rows.audio, 1)[1][:, 0] == np.arange(20)).all()
+    assert (opened.text_index.search(rows.text, 1)[1][:, 0] == np.arange(20)).all()
+
+
+def test_changing_an_opened_array_does_not_change_the_snapshot(home):
+    put(home, 1)
+    open_snapshot(home, 1, RUN, DIM).audio[:] = 0
+    assert np.abs(open_snapshot(home, 1, RUN, DIM).audio).sum() > 0
+
+
+def test_the_manifest_names_every_file_and_nothing_is_left_beside(home):
+    manifest = put(home, 1)[3]
+    assert set(manifest["files"]) == set(FILES)
+    assert {path.name for path in file_of(home, 1, "").iterdir()} == {*FILES, "manifest.json"}
+    assert home.names() == ["v000001"]
+
+
+def test_most_per_clip_counts_the_fullest_clip():
+    numbers = np.array([5, 7, 5, 9, 5], np.int64)
+    assert Entries([""] * 5, numbers, [""] * 5, numbers, [""] * 5).most_per_clip == 3
+    assert Entries([], numbers[:0], [], numbers[:0], []).most_per_clip == 0
+
+
+# --- damage ---
+
+
+def flip(path: Path, place: int, bit: int = 3) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["first bit", "middle bit", "last bit", "truncated", "emptied", "longer", "missing"])
+def test_a_damaged_file_is_refused_by_name(home, name, harm):
+    put(home, 1)
+    path = file_of(home, 1, name)
+    content = path.read_bytes()
+    if harm.endswith("bit"):
+        flip(path, {"first": 0, "middle": len(content) // 2, "last": -1}[harm.split()[0]])
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[:-9], "emptied": b"", "longer": content + b"\0"}[harm])
+    with pytest.raises(SnapshotError, match=rf"v000001/{name}"):
+        open_snapshot(home, 1, RUN, DIM)
+
+
+def test_no_bit_of_the_manifest_can_change_unnoticed(home):
+    manifest = put(home, 1)[3]
+    path = file_of(home, 1, "manifest.json")
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = {*rng.integers(0, len(content), 300).tolist(), content.index(b'"encoder_step"'), content.index(b"10") + 1}
+    for place in sorted(places):
+        path.write_bytes(content)
+        flip(path, place, int(rng.integers(8)))
+        try:
+            opened = open_snapshot(home, 1, RUN, DIM)
+        except SnapshotError as error:
+            assert "v000001" in str(error)  # noqa: PT017
+        else:
+            assert opened.manifest == manifest, f"byte {place} changed what the manifest says"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '"text"', "\x00\xff"])
+def test_a_manifest_that_is_none_is_refused(home, content):
+    put(home, 1)
+    file_of(home, 1, "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(SnapshotError, match=r"v000001/manifest\.json"):
+        open_snapshot(home, 1, RUN, DIM)
+
+
+def test_a_snapshot_without_a_manifest_or_a_folder_is_refused(home):
+    put(home, 1)
+    file_of(home, 1, "manifest.json").unlink()
+    for version in (1, 2):
+        with pytest.raises(SnapshotError, match=rf"v00000{version}: no manifest\.json"):
+            open_snapshot(home, version, RUN, DIM)
+
+
+def test_another_run_another_width_and_another_version_are_refused(home):
+    put(home, 1)
+    with pytest.raises(SnapshotError, match=r"manifest\.json: run is 'some-run', expected 'other'"):
+        open_snapshot(home, 1, "other", DIM)
+    with pytest.raises(SnapshotError, match=rf"dim is {DIM}, expected {2 * DIM}"):
+        open_snapshot(home, 1, RUN, 2 * DIM)
+    file_of(home, 1, "").rename(file_of(home, 2, ""))
+    with pytest.raises(SnapshotError, match="version is 1, expected 2"):
+        open_snapshot(home, 2, RUN, DIM)
+
+
+def test_another_format_is_refused(home, monkeypatch):
+    put(home, 1)
+    monkeypatch.setattr(snapshot, "FORMAT", 2)
+    with pytest.raises(SnapshotError, match="format is 1, expected 2"):
+        open_snapshot(home, 1, RUN, DIM)
+
+
+def test_a_problem_with_a_snapshot_is_one_that_whoever_runs_the_job_sees():
+    assert issubclass(SnapshotError, UserError)
+
+
+# --- life ---
+
+
+def test_an_interrupted_try_is_no_version_and_gives_way_to_the_next(home):
+    put(home, 1)
+    remains = file_of(home, 2, "")
+    remains.mkdir()
+    (remains / "audio.npy").write_bytes(b"half")
+    (remains / "left.over").write_bytes(b"x")
+    assert snapshot.versions(home) == [1]
+    put(home, 2)
+    assert snapshot.versions(home) == [1, 2]
+    assert not (remains / "left.over").exists()
+    assert len(open_snapshot(home, 2, RUN, DIM).audio) == 20
+
+
+@pytest.mark.parametrize("broken", ["upload", "write_json"])
+def test_a_try_that_fails_leaves_no_version_and_no_scraps(home, monkeypatch, broken):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    put(home, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, broken, fail)
+        with pytest.raises(OSError, match="disk full"):
+            put(home, 2)
+    assert snapshot.versions(home) == [1]
+    assert [name for name in home.names() if name.startswith(".")] == []
+    put(home, 2)
+    assert open_snapshot(home, 2, RUN, DIM).version == 2
+
+
+def test_versions_are_numbers_in_order_and_other_names_are_none(home):
+    assert snapshot.versions(home) == []
+    for version in (10, 2, 1234567):
+        put(home, version)
+    for name in ("v12", "v000003x", "w000004", ".staging-1"):
+        folder = home.local / name
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({}))
+    assert snapshot.versions(home) == [2, 10, 1234567]
+
+
+@pytest.mark.parametrize(
+    ("keep", "needed", "left"),
+    [(1, [], [5]), (2, [], [4, 5]), (2, [1], [1, 4, 5]), (1, [2, 3, 99], [2, 3, 5]), (9, [], [1, 2, 3, 4, 5])],
+)
+def test_pruning_keeps_the_newest_and_the_needed(home, keep, needed, left):
+    for version in range(1, 6):
+        put(home, version, clips=2, prototypes=1)
+    gone = snapshot.prune(home, keep, needed)
+    assert snapshot.versions(home) == left
+    assert sorted(gone + left) == [1, 2, 3, 4, 5]
+    for version in left:
+        open_snapshot(home, version, RUN, DIM)
+
+
+def test_a_version_in_use_survives_its_own_pruning(home):
+    rows = put(home, 1)[1]
+    opened = open_snapshot(home, 1, RUN, DIM)
+    put(home, 2)
+    snapshot.prune(home, 1, [])
+    np.testing.assert_array_equal(opened.audio, rows.audio)
+    assert (opened.audio_index.search(rows.audio, 1)[1][:, 0] == np.arange(20)).all()

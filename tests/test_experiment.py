@@ -1,0 +1,250 @@
+"""Whole runs on a real Ray session: what `jobs/train.py` promises, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from ask_ray import experiment, inspection
+from ask_ray.config import Settings, SettingsError, load
+from ask_ray.models.weights import WeightsError
+from ask_ray.storage import Folder, StorageError
+from ask_ray.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+REFRESH_KEYS = {
+    "version", "encoder_step", "swap_step", "lag_steps", "encode_seconds", "build_seconds", "swap_ms", "entries"
+}  # fmt: skip
+
+
+def settings_of(home: Path, **changes: dict[str, object]) -> Settings:
+    """Settings of a run that takes seconds: narrow towers, few short clips."""
+    tree: dict[str, dict[str, object]] = {
+        "run": {"storage": str(home / "runs")},
+        "data": {
+            "prepared": str(home / "prepared"),
+            "shard_clips": 64,
+            "soundscapes": {"train": 128, "validation": 32, "test": 48, "seconds": 1.5, "captions": 2},
+        },
+        "model": {"dim": 32, "width": 0.25},
+        "ask": {"prototypes": 16},
+        "knowledge": {"drift_probe": 64, "refresh": {"interval": 1, "mode": "sync", "poll_steps": 1}},
+        "training": {"epochs": 3, "batch_size": 16, "workers": 1, "evaluate_every": 2},
+        "tracking": {"enabled": False},
+    }
+    for section, values in changes.items():
+        tree[section] = merged(tree.get(section, {}), values)
+    return load(tree)
+
+
+def merged(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
+    """`new` laid over `old`, section by section."""
+    made = dict(old)
+    for key, value in new.items():
+        held = made.get(key)
+        made[key] = merged(held, value) if isinstance(value, dict) and isinstance(held, dict) else value
+    return made
+
+
+def quiet() -> Console:
+    return Console(file=open(os.devnull, "w"), width=120)  # noqa: PTH123
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def sync_run(ray_session: None, home: Path) -> dict:
+    """A finished run of one worker in `sync` mode, with MLflow."""
+    return experiment.run(settings_of(home, run={"name": "sync-a"}, tracking={"enabled": True}), quiet())
+
+
+def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: None, home: Path) -> None:
+    result = experiment.run(
+        settings_of(
+            home,
+            run={"name": "async"},
+            knowledge={"refresh": {"mode": "async", "warmup_epochs": 0.5}},
+            training={"workers": 2, "batch_size": 8, "epochs": 30, "evaluate_every": 0},
+            ask={"influence": True},
+        ),
+        quiet(),
+    )
+    folder = Path(result["folder"])
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["steps"] == 30 * 8
+    assert result["world_size"] == 2
+    assert len(result["refreshes"]) >= 2
+    for row in result["refreshes"]:
+        assert row.keys() >= REFRESH_KEYS
+        assert row["entries"] == 128
+        assert row["ranks"] == 2
+        assert row["lag_steps"] == row["swap_step"] - row["encoder_step"] >= 0
+    assert any(row["swap_step"] < result["steps"] for row in result["refreshes"]), "no swap while training went on"
+    for ways in (result["final"], result["final_injected"]):
+        for of in ways.values():
+            assert of["n"] == 48
+            assert 0 <= of["r1"] <= of["r5"] <= of["r10"] <= 1
+    assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "drift.png", "refreshes.png"}
+    epochs = [event for event in json.loads((folder / "history.json").read_text()) if event["kind"] == "epoch"]
+    assert [event["epoch"] for event in epochs] == list(range(1, 31))
+    assert epochs[0]["loss"] > epochs[-1]["loss"]
+    assert epochs[-1]["influence"] > 0
+    assert {"temperature", "rdm_audio", "consistency", "knowledge_version", "lag_steps", "clips_per_second"} <= set(epochs[-1])
+
+
+def test_drift_is_zero_with_a_fresh_knowledge_base_and_not_after_steps(sync_run: dict) -> None:
+    events = json.loads((Path(sync_run["folder"]) / "history.json").read_text())
+    by_epoch = {event["epoch"]: event for event in events if event["kind"] == "epoch"}
+    assert by_epoch[3]["probe_rdm_audio"] > 0
+    assert by_epoch[3]["probe_rdm_text"] > 0
+    swaps = [event["step"] for event in events if event["kind"] == "swapped"]
+    assert swaps == [8, 16, 24], "in sync mode every version is in use at the step that asked for it"
+
+
+def test_same_settings_and_seed_give_the_same_numbers(sync_run: dict, home: Path) -> None:
+    again = experiment.run(settings_of(home, run={"name": "sync-b"}), quiet())
+    assert again["final"] == sync_run["final"]
+    assert again["final_injected"] == sync_run["final_injected"]
+    other = experiment.run(settings_of(home, run={"name": "sync-c", "seed": 1}), quiet())
+    assert other["final"] != sync_run["final"]
+
+
+def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_run: dict, home: Path) -> None:
+    settings = settings_of(home, run={"name": "killed"})
+    file = home / "killed.yaml"
+    file.write_text(settings.to_yaml())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(file)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    run = Folder(str(home / "runs" / "killed"))
+    deadline = time.monotonic() + 120
+    while not checkpoint.pinned_versions(run) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until a checkpoint names a version of the knowledge base
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert checkpoint.pinned_versions(run), "no checkpoint was written in time"
+    result = experiment.run(settings, quiet())
+    assert result["steps"] == 24
+    assert result["epochs"] == 3
+    assert result["final"] == sync_run["final"]
+
+
+def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:
+    with pytest.raises(SettingsError, match=r"run\.name.*ask\.rho"):
+        experiment.run(settings_of(home, run={"name": "sync-a"}, ask={"rho": 0.3}, tracking={"enabled": True}), quiet())
+
+
+def test_plain_contrastive_training_keeps_no_knowledge_base(ray_session: None, home: Path) -> None:
+    result = experiment.run(settings_of(home, run={"name": "plain"}, ask={"enabled": False}), quiet())
+    assert result["refreshes"] == []
+    assert result["final_injected"] == {}
+    assert not (Path(result["folder"]) / "knowledge").exists()
+    with pytest.raises(SettingsError, match="no knowledge base"):
+        inspection.search("a dog barks", result["folder"], "", 3, quiet())
+
+
+def test_the_record_holds_settings_metrics_and_pictures(sync_run: dict) -> None:
+    from mlflow import MlflowClient
+
+    folder = Path(sync_run["folder"])
+    told = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(told["uri"])
+    run = client.get_run(told["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["ask.rho"] == "0.8"
+    assert [point.step for point in client.get_metric_history(told["run_id"], "loss")] == [8, 16, 24]
+    assert run.data.metrics["final.t2a.r1"] == sync_run["final"]["t2a"]["r1"]
+    assert [point.value for point in client.get_metric_history(told["run_id"], "swap_version")] == [1, 2, 3]
+    assert {file.path for file in client.list_artifacts(told["run_id"], "pictures")} >= {"pictures/curves.png"}
+
+
+def test_evaluating_the_checkpoint_gives_the_run_s_figures(sync_run: dict, tmp_path: Path) -> None:
+    inspection.evaluate(sync_run["folder"], None, "test", str(tmp_path / "figures.json"), quiet())
+    figures = json.loads((tmp_path / "figures.json").read_text())["final"]
+    assert figures == pytest.approx(sync_run["final"]) or figures == sync_run["final"]
+
+
+def test_search_ranks_every_clip_once_by_falling_score(sync_run: dict) -> None:
+    found = inspection.search("a dog barks", sync_run["folder"], "", 7, quiet())
+    assert len(found) == 7
+    assert len({clip for _, clip, _ in found}) == 7
+    assert [score for score, _, _ in found] == sorted((score for score, _, _ in found), reverse=True)
+
+
+def test_search_with_a_recording_ranks_captions(sync_run: dict, write_audio, tmp_path: Path) -> None:
+    found = inspection.search(
+        str(write_audio(tmp_path / "a.flac", rate=22050, seconds=1.0)), sync_run["folder"], "", 3, quiet()
+    )
+    assert len(found) == 3
+    assert all(caption for _, _, caption in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ask": {"neighbours": 128}}, "ask.neighbours"),
+        ({"ask": {"exclude": "batch", "neighbours": 113}}, "ask.neighbours"),
+        ({"ask": {"prototypes": 129}}, "ask.prototypes"),
+        ({"training": {"workers": 50}}, "training.workers"),
+        ({"training": {"batch_size": 129}}, "training.batch_size"),
+        ({"training": {"device": "cuda"}}, "training"),
+        ({"knowledge": {"pool": {"node_labels": {"role": "nobody"}}}}, "knowledge.pool.node_labels"),
+        ({"model": {"audio": "resnet38"}}, "data.sample_rate"),
+        ({"data": {"corpus": "folder", "folder": {"path": "/nowhere"}}}, "data.folder.path"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(ray_session: None, home: Path, changes: dict, told: str) -> None:
+    settings = settings_of(home, run={"name": "refused"}, **changes)
+    with pytest.raises(SettingsError, match=told):
+        experiment.run(settings, quiet())
+    assert not (home / "runs" / "refused").exists()
+
+
+def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = settings_of(tmp_path, run={"storage": str(tmp_path / "file" / "runs")})
+    with pytest.raises(StorageError, match=r"run\.storage"):
+        experiment.run(settings, quiet())
+
+
+def test_weights_that_do_not_fit_are_refused(ray_session: None, home: Path, tmp_path: Path) -> None:
+    save_file({"conv9.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    settings = settings_of(
+        home,
+        run={"name": "refused"},
+        model={"audio": "resnet38", "audio_weights": str(tmp_path / "other.safetensors")},
+        data={"sample_rate": 32000},
+    )
+    with pytest.raises(WeightsError, match=r"model\.audio_weights.*conv9\.weight"):
+        experiment.run(settings, quiet())
+
+
+@pytest.mark.parametrize("job", ["train", "prepare", "evaluate", "search"])
+def test_help_teaches(job: str) -> None:
+    told = subprocess.run([sys.executable, str(ROOT / f"jobs/{job}.py"), "--help"], capture_output=True, text=True, check=True)
+    assert f"python jobs/{job}.py" in told.stdout
+
+
+def test_a_wrong_setting_ends_the_command_with_a_message() -> None:
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/train.py"), "--ask.rho", "1.5"], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "ask.rho" in told.stderr
+    assert "Traceback" not in told.stderr
