@@ -40,7 +40,7 @@ def _cpus(settings: Settings, workers: int) -> float:
     """CPUs that training and the pool beside it reserve at once."""
     pool = settings.knowledge.pool
     beside = pool.min_actors * pool.cpus if settings.ask.enabled else 0.0
-    return workers * settings.training.cpus_per_worker + beside
+    return round(workers * settings.training.cpus_per_worker + beside, 4)  # as fine as Ray counts
 
 
 def fitted(settings: Settings) -> Settings:
@@ -86,7 +86,7 @@ def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
     training, pool = settings.training, settings.knowledge.pool
     workers, each = training.workers or 0, training.gpus_per_worker or 0.0
     actors = pool.min_actors if settings.ask.enabled else 0
-    asked_cpus, asked_gpus = _cpus(settings, workers), workers * each + actors * (pool.gpus or 0.0)
+    asked_cpus, asked_gpus = _cpus(settings, workers), round(workers * each + actors * (pool.gpus or 0.0), 4)
     if asked_cpus > cpus or asked_gpus > gpus:
         raise SettingsError(
             f"training.workers: the run reserves {asked_cpus:g} CPU and {asked_gpus:g} GPU at once ({workers} workers x "
@@ -101,7 +101,7 @@ def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
     largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
     for field, asked in (
         ("training.cpus_per_worker", settings.training.cpus_per_worker),
-        ("knowledge.pool.cpus", settings.knowledge.pool.cpus),
+        ("knowledge.pool.cpus", settings.knowledge.pool.cpus if settings.ask.enabled else 0.0),
     ):
         if asked > largest:
             raise SettingsError(f"{field}: {asked:g} CPU are asked of one node, the largest node has {largest:g}")

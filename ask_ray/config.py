@@ -325,8 +325,10 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple
     Exits with status 2 and a message that names the field when something is wrong.
     """
     found = made.parse_args(_ordered(sys.argv[1:] if arguments is None else arguments))
+    given = {name: found[name] for name in Settings.model_fields}
     try:
-        return Settings.model_validate({name: found[name].as_dict() for name in Settings.model_fields}), found
+        values = {name: part.as_dict() if isinstance(part, Namespace) else part for name, part in given.items()}
+        return Settings.model_validate(values), found
     except ValidationError as error:
         made.error(describe(error))
 

@@ -98,9 +98,7 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         vector = _heard(path, opened) if by_audio else opened.model.encode_text(*opened.model.tokenise([query]))
     index = known.text_index if by_audio else known.audio_index
     found = _ranked(index.search(vector.numpy(), min(len(known.entries.ids), top * known.entries.most_per_clip)), known, top)
-    table = Table(
-        title=f"{'Captions' if by_audio else 'Clips'} nearest to {query!r} in v{known.version} of {opened.place.name}"
-    )
+    table = Table(title=f"{'Captions' if by_audio else 'Clips'} nearest to {query!r} in v{known.version} of {opened.place.name}")
     for heading in ("rank", "score", "clip", "caption"):
         table.add_column(heading, justify="right" if heading in ("rank", "score") else "left", overflow="fold")
     for rank, (score, clip, caption) in enumerate(found, 1):

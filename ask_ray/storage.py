@@ -99,8 +99,13 @@ class Folder:
         local = isinstance(filesystem, fs.LocalFileSystem)
         target = f"{path}/{name}"
         written = f"{path}/.{name}.{uuid.uuid4().hex}" if local else target
-        with filesystem.open_output_stream(written) as stream:
-            stream.write(content)
+        try:
+            with filesystem.open_output_stream(written) as stream:
+                stream.write(content)
+        except BaseException:
+            if local:
+                Path(written).unlink(missing_ok=True)
+            raise
         if local:
             Path(written).replace(target)
 

@@ -67,7 +67,7 @@ def measure(rank: int, place: str, name: str, entries: int, steps: int | None) -
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=RANKS)
     audio, text, rate, seconds, size, default_steps, _ = CASES[name]
-    home, model_settings = Folder(place), ModelSettings(audio=audio, text=text)  # type: ignore[arg-type]
+    home, model_settings = Folder(place), ModelSettings(audio=audio, text=text)
     base = Settings(model=model_settings, training=TrainingSettings(epochs=1), ask=AskSettings())
     plain = base.model_copy(update={"ask": AskSettings(enabled=False)})
     if rank == 0:

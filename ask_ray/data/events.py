@@ -621,9 +621,7 @@ class SynthesisedBank:
         fits = 1 + int(max(0.0, seconds - 0.7 * row.ring) * pace / (1.05 * row.period)) if row.period else 1
         return Variation(pitch, pace, int(rng.integers(1, min(fits, len(COUNTS)) + 1)))
 
-    def render(
-        self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN
-    ) -> np.ndarray:
+    def render(self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN) -> np.ndarray:
         """Render the event as (samples,) float32 mono with a peak of 1, at most `seconds` long at `rate` Hz."""
         row, room = KINDS[kind], max(1, int(seconds * rate))
         voice = Voice(rng, rate, variation.pitch, variation.pace)

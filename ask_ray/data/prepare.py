@@ -62,9 +62,7 @@ def _refuse_empty(data: DataSettings, shards: list[Shard], source: Source) -> No
         raise SettingsError(f"data.{data.corpus}: no clip is left for the training split ({dict(problems) or 'none given'})")
 
 
-def _run(
-    data: DataSettings, source: Source, folder: Folder, shards: list[Shard], progress: Progress
-) -> Iterator[dict[str, Any]]:
+def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard], progress: Progress) -> Iterator[dict[str, Any]]:
     """Write every shard with Ray Data; yields what each file holds."""
     total = sum(shard.last - shard.first for shard in shards)
     done = 0
@@ -140,8 +138,10 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema, row_group: int) -> b
 
 
 def _waveforms(waveforms: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in waveforms])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int16), *waveforms]))
+    offsets = np.cumsum([0, *(len(one) for one in waveforms)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise SettingsError(f"data.shard_clips: {len(waveforms)} clips of this length are too much for a file; lower it")
+    return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate([np.zeros(0, np.int16), *waveforms]))
 
 
 def _write_manifest(data: DataSettings, folder: Folder, source: Source, written: list[dict[str, Any]]) -> None:

@@ -118,9 +118,7 @@ class EventBank(Protocol):
     def draw(self, kind: int, rng: np.random.Generator, seconds: float) -> Variation:
         """Draw what sound and words of one event of at most `seconds` share."""
 
-    def render(
-        self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN
-    ) -> np.ndarray:
+    def render(self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN) -> np.ndarray:
         """Render one event as (samples,) float32 mono with a peak of at most 1, at most `seconds` long at `rate` Hz."""
 
     def phrase(self, kind: int, rng: np.random.Generator, variation: Variation = PLAIN) -> str:
@@ -153,9 +151,7 @@ class RecordedBank:
         """Recordings come as they are."""
         return PLAIN
 
-    def render(
-        self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN
-    ) -> np.ndarray:
+    def render(self, kind: int, rng: np.random.Generator, rate: int, seconds: float, variation: Variation = PLAIN) -> np.ndarray:
         """One of the kind's recordings as (samples,) float32, turned down by up to 3 dB.
 
         Longer ones are cropped at random to `seconds`, shorter ones start up to 20 ms late where there is room.

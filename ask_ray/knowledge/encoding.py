@@ -93,12 +93,12 @@ class Encoder:
         self.model.to(self.device).eval()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Encode one row group; every row of the answer carries the group's number and its count of clips."""
+        """Encode one row group; every row of the answer carries the group's number and its clips and rows."""
         unit = int(batch["unit"][0])
         rows = self.corpus.read(self.groups[unit])
         columns = encode_rows(self.model, rows, self.plan, self.corpus.sample_rate, self.device)
         count = len(columns["id"])
-        return {"unit": np.full(count, unit), "clips": np.full(count, len(rows)), **columns}
+        return {"unit": np.full(count, unit), "clips": np.full(count, len(rows)), "rows": np.full(count, count), **columns}
 
 
 def encode(
@@ -161,7 +161,7 @@ def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, groups: list[Group]) ->
 
 
 def _check(found: dict[int, dict[str, np.ndarray]], groups: list[Group], plan: EncodingPlan) -> None:
-    """Every clip of every unit is there, and every number is finite."""
+    """Every clip of every unit is there with all its captions, each once, and every number is finite."""
     for unit, group in enumerate(groups):
         if unit not in found:
             raise EncodingError(f"row group {unit} of {plan.corpus} is missing: {len(found)} of {len(groups)} came back")
@@ -169,6 +169,12 @@ def _check(found: dict[int, dict[str, np.ndarray]], groups: list[Group], plan: E
         clips = len(np.unique(rows["number"]))
         if clips != group.clips or int(rows["clips"][0]) != group.clips:
             raise EncodingError(f"row group {unit} of {plan.corpus}: {clips} of {group.clips} clips came back")
+        different, made = len({*zip(rows["number"], rows["which"], strict=True)}), int(rows["rows"][0])
+        if not different == len(rows["number"]) == made:
+            raise EncodingError(
+                f"row group {unit} of {plan.corpus}: {len(rows['number'])} rows came back, {different} of them different, "
+                f"where {made} were made"
+            )
         for name in ("audio", "text"):
             if not np.isfinite(_rows(rows[name])).all():
                 raise EncodingError(f"row group {unit} of {plan.corpus}: {name} embeddings are not finite")

@@ -20,7 +20,8 @@ class Schedule:
     def reason(self, step: int, has_knowledge: bool, epoch_starts: bool) -> str | None:
         """Why a refresh is due before this step, or None.
 
-        A run that should have a knowledge base by now but has none asks again at each epoch.
+        A run that should have a knowledge base by now but has none asks again at each epoch: its first refresh may have
+        failed, or a restart may have lost it.
         """
         if step < self.first:
             return None

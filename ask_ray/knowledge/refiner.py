@@ -91,7 +91,7 @@ class Refiner:
         self._live = 0
         self._pinned: set[int] | None = None
         self._tickets = 0
-        self._outcomes: dict[int, int | None] = {}
+        self._outcomes: dict[int, int | None] = {0: None}
         self._pending: _Request | None = None
         self._current: ray.ObjectRef | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -102,12 +102,17 @@ class Refiner:
         self._live = version
         self._give_up()
 
-    async def request(self, step: int, reason: str, weights: list[ray.ObjectRef]) -> int:
+    async def request(self, step: int, reason: str, weights: list[ray.ObjectRef], only_if_idle: bool = False) -> int:
         """Ask for a refresh with these weights (a reference in a list) and go on. An older request still waiting yields.
 
+        Args:
+            only_if_idle: do nothing if a refresh is under way.
+
         Returns:
-            a ticket for :meth:`settled`.
+            a ticket for :meth:`settled`; 0 if nothing was done.
         """
+        if only_if_idle and self._worker is not None and not self._worker.done():
+            return 0
         self._tickets += 1
         if self._pending is not None:
             self._settle(self._pending, None, "superseded by newer weights")

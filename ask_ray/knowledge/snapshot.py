@@ -1,11 +1,13 @@
 """Immutable, versioned snapshots of a knowledge base: write, verify, open, prune.
 
 A version is a folder ``v000001`` of plain files. ``manifest.json`` is written last and names every other file with its
-size and digest: a folder without one is no snapshot, and one that does not fit its manifest is refused by name.
+size and digest, and carries a digest of itself: a folder without one is no snapshot, and one that does not fit its
+manifest is refused by name.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ask_ray.config import UserError
 from ask_ray.knowledge import index as indexes
-from ask_ray.storage import Folder, digest_file
+from ask_ray.storage import Folder, digest_bytes, digest_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -145,6 +147,7 @@ def publish(
                 path.name: {"bytes": path.stat().st_size, "digest": digest_file(path)} for path in sorted(staging.iterdir())
             },
         }
+        manifest["digest"] = _digest(manifest)
         target.delete()  # what an interrupted try may have left
         target.upload(staging)
         target.write_json(MANIFEST, manifest)
@@ -200,10 +203,20 @@ def _read_manifest(folder: Folder, version: int, run: str, dim: int) -> dict[str
         raise SnapshotError(f"{folder}: no {MANIFEST}: the snapshot was never finished or has been removed") from error
     except ValueError as error:
         raise SnapshotError(f"{folder}/{MANIFEST}: not JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise SnapshotError(f"{folder}/{MANIFEST}: holds no mapping: the file is damaged")
     for field, wanted in (("format", FORMAT), ("version", version), ("run", run), ("dim", dim)):
         if manifest.get(field) != wanted:
             raise SnapshotError(f"{folder}/{MANIFEST}: {field} is {manifest.get(field)!r}, expected {wanted!r}")
-    return dict(manifest)
+    if manifest.get("digest") != _digest(manifest):
+        raise SnapshotError(f"{folder}/{MANIFEST}: does not fit its own digest: the file is damaged")
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The digest of what a manifest says, apart from the digest itself."""
+    told = {name: value for name, value in manifest.items() if name != "digest"}
+    return digest_bytes(json.dumps(told, sort_keys=True).encode())
 
 
 def _verify(path: Path, told: dict[str, Any]) -> None:

@@ -152,7 +152,5 @@ def published_bert(weights: str, max_words: int) -> tuple[PreTrainedTokenizerBas
     if lacking:
         raise WeightsError(f"model.text_weights: {weights} does not fit BERT: {len(lacking)} missing: {few(lacking)}")
     if max_words > config.max_position_embeddings:
-        raise WeightsError(
-            f"model.text_weights: {weights} takes {config.max_position_embeddings} tokens; lower model.max_words"
-        )
+        raise WeightsError(f"model.text_weights: {weights} takes {config.max_position_embeddings} tokens; lower model.max_words")
     return tokenizer, model.train()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from ray.train import Result
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,9 +56,7 @@ def save(
 ) -> None:
     """Write a checkpoint into an empty local folder."""
     held = optimizer.state_dict()
-    tensors = {
-        f"{parameter}.{name}": value.contiguous() for parameter, of in held["state"].items() for name, value in of.items()
-    }
+    tensors = {f"{parameter}.{name}": value.contiguous() for parameter, of in held["state"].items() for name, value in of.items()}
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     save_file(tensors, folder / "optimizer.safetensors")
     save_file({f"rank{rank}": state for rank, state in enumerate(random_states)}, folder / "random.safetensors")
@@ -93,20 +92,33 @@ def restore(
     """Put everything back as :func:`save` found it and return where the run stood. Tensors go where the model's are.
 
     Random states are restored for the ranks that saved one; a rank that is new keeps the state it was seeded with.
+
+    Raises:
+        CheckpointError: if files are missing or damaged.
     """
     place = place_of(folder)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    held: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        parameter, name = key.split(".", 1)
-        held.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": held, "param_groups": state["groups"]})
-    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
-    states = load_file(folder / "random.safetensors")
-    if f"rank{rank}" in states:
-        set_random_state(states[f"rank{rank}"])
+    with _whole(folder):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        held: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            parameter, name = key.split(".", 1)
+            held.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict({"state": held, "param_groups": state["groups"]})
+        scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+        states = load_file(folder / "random.safetensors")
+        if f"rank{rank}" in states:
+            set_random_state(states[f"rank{rank}"])
     return place
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """What reading a missing or damaged file raises, as a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({error}); choose another run or checkpoint") from error
 
 
 def random_state() -> Tensor:
@@ -135,12 +147,12 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
         CheckpointError: if files are missing or damaged.
     """
     place = place_of(folder)
-    settings = config.load((folder / "settings.yaml").read_text(encoding="utf-8"), str(folder / "settings.yaml"))
+    with _whole(folder):
+        document = (folder / "settings.yaml").read_text(encoding="utf-8")
+    settings = config.load(document, str(folder / "settings.yaml"))
     model = registry.build(settings.model, Corpus.open(place.corpus).sample_rate)
-    try:
+    with _whole(folder):
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/model.safetensors: cannot be loaded ({error})") from error
     return model.eval(), settings, place
 
 
@@ -162,9 +174,10 @@ def newest(run: Folder) -> Iterator[Path]:
 
 
 def pinned_versions(run: Folder) -> list[int]:
-    """The knowledge-base versions that the run's checkpoints name."""
+    """The knowledge-base versions that the run's checkpoints name; one that is being removed meanwhile names none."""
     found = set()
     for name in run.names():
         if name.startswith(PREFIX) and (run / name).exists("state.json"):
-            found.add(int((run / name).read_json("state.json")["place"]["knowledge_version"]))
+            with contextlib.suppress(FileNotFoundError):
+                found.add(int((run / name).read_json("state.json")["place"]["knowledge_version"]))
     return sorted(found - {0})

@@ -2,7 +2,7 @@
 
 Text to audio: every caption is a query over N clips. Audio to text: N queries over all captions; R@k and the median rank
 go by a clip's best-ranked caption, AP@10 averages over all of them. A tie counts against the system: a rank is one more
-than the number of wrong candidates that score at least as high.
+than the number of wrong candidates that do not score lower. So NaN, which compares with nothing, ranks last.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def text_to_audio(audio: Tensor, text: Tensor, owner: Tensor, chunk: int = 1024)
         owner: (M,) int64, the clip that each caption describes.
         chunk: queries scored at once, which bounds memory.
     """
-    ranks = [
-        _rank(scores, scores.gather(1, owner[start : start + chunk, None])) for start, scores in _scores(text, audio, chunk)
-    ]
+    ranks = [_rank(scores, scores.gather(1, owner[start : start + chunk, None])) for start, scores in _scores(text, audio, chunk)]
     rank = torch.cat(ranks).double()
     return _summary(rank, torch.where(rank <= 10, 1 / rank, 0.0), len(audio))
 
@@ -62,13 +60,13 @@ def _scores(queries: Tensor, candidates: Tensor, chunk: int) -> list[tuple[int, 
 
 def _rank(scores: Tensor, right: Tensor) -> Tensor:
     """(Q,) ranks of one right candidate each; the candidate itself is the one that is not counted as a tie."""
-    return (scores >= right).sum(dim=1)
+    return (~(scores < right)).sum(dim=1)
 
 
 def _ranks_of_right(line: Tensor, right: Tensor) -> Tensor:
     """Ranks of a query's right candidates among all, best first: wrong ones that tie stand before."""
     scores = line[right].sort(descending=True).values
-    wrong_before = (line[~right][None, :] >= scores[:, None]).sum(dim=1)
+    wrong_before = (~(line[~right][None, :] < scores[:, None])).sum(dim=1)
     return wrong_before + torch.arange(1, len(scores) + 1, device=line.device)
 
 

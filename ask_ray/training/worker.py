@@ -203,7 +203,9 @@ class Worker:
             if urgent:
                 ray.get(self.plan.refiner.stop.remote())
             weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-            ticket = ray.get(self.plan.refiner.request.remote(self.place.step, reason, [ray.put(weights)]))
+            # Before the first version is in, asking again would only throw away what is half done.
+            first = self.replica is not None and self.replica.version == 0 and not urgent
+            ticket = ray.get(self.plan.refiner.request.remote(self.place.step, reason, [ray.put(weights)], first))
         if wait:
             self._wait(tell_all(ticket))
 

@@ -1,0 +1,139 @@
+"""How GPUs are dealt out, and which runs a cluster can never hold."""
+
+import ray
+import pytest
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from ask_ray import cluster
+from ask_ray.config import Settings, SettingsError, load
+
+
+def of(training: dict | None = None, pool: dict | None = None, **ask: object) -> Settings:
+    pool = {"max_actors": 64} | (pool or {})
+    return load({"training": training or {}, "knowledge": {"pool": pool}, "ask": ask})
+
+
+def dealt(settings: Settings, gpus: float) -> tuple:
+    made = cluster.share(settings, gpus)
+    training = made.training
+    return training.device, training.workers, training.gpus_per_worker, made.knowledge.pool.gpus
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        (of(), 0, ("cpu", 2, None, 0.0)),
+        (of({"workers": 3}), 0, ("cpu", 3, None, 0.0)),
+        (of({"device": "cpu"}), 4, ("cpu", 2, None, 0.0)),
+        (of(), 1, ("cuda", 1, 0.75, 0.25)),
+        (of(), 4, ("cuda", 4, 0.75, 0.25)),
+        (of({"workers": 3}), 4, ("cuda", 3, 1.0, 1.0)),
+        (of({"workers": 3}, {"min_actors": 2}), 4, ("cuda", 3, 0.75, 0.25)),
+        (of(enabled=False), 2, ("cuda", 2, 1.0, 1.0)),
+        (of({"gpus_per_worker": 0.5}, {"gpus": 0.5}), 1, ("cuda", 1, 0.5, 0.5)),
+        (of({"workers": 1}, {"gpus": 0.0}), 1, ("cuda", 1, 0.75, 0.0)),
+    ],
+)
+def test_gpus_are_dealt_to_workers_and_pool(settings, gpus, expected):
+    assert dealt(settings, gpus) == expected
+
+
+@given(gpus=st.integers(0, 64), enabled=st.booleans())
+@budget(deadline=None)
+def test_what_is_dealt_fits_where_nothing_was_asked_for(gpus, enabled):
+    made = cluster.share(of(enabled=enabled), float(gpus))
+    pool = (made.knowledge.pool.gpus or 0.0) if enabled else 0.0
+    assert (made.training.workers or 0) * (made.training.gpus_per_worker or 0.0) + pool <= gpus
+    assert made.training.workers == (gpus or 2)
+
+
+def test_what_the_settings_say_is_kept():
+    asked = of({"workers": 5, "gpus_per_worker": 0.3, "device": "cuda"}, {"gpus": 0.1, "min_actors": 4}, rho=0.3)
+    assert cluster.share(asked, 8.0) == asked
+
+
+def test_the_sum_of_training_and_pool_is_refused_with_its_parts():
+    made = cluster.share(of({"workers": 6, "cpus_per_worker": 2.0}, {"min_actors": 3, "cpus": 1.5}), 0)
+    cluster._check_sum(made, 16.5, 0)
+    with pytest.raises(SettingsError) as refusal:
+        cluster._check_sum(made, 16.0, 0)
+    message = str(refusal.value)
+    assert message.startswith("training.workers: ")
+    for part in ("16.5 CPU", "6 workers x 2 CPU", "3 encoder actors x 1.5 CPU", "16 CPU and 0 GPU"):
+        assert part in message
+
+
+def test_gpus_are_summed_like_cpus():
+    made = cluster.share(of({"workers": 2, "gpus_per_worker": 1.0, "device": "cuda"}, {"gpus": 0.5, "min_actors": 2}), 3)
+    cluster._check_sum(made, 100, 3)
+    with pytest.raises(SettingsError, match="2 GPU"):
+        cluster._check_sum(made, 100, 2)
+
+
+def test_without_the_method_no_pool_is_counted():
+    pool = {"min_actors": 50, "cpus": 9.0, "node_labels": {"zone": "a"}}
+    plain = cluster.share(of({"workers": 2, "cpus_per_worker": 2.0}, pool, enabled=False), 0)
+    cluster._check_sum(plain, 4, 0)
+    cluster._check_nodes(plain, [{"Resources": {"CPU": 4.0}}])
+
+
+def test_shares_that_add_up_to_the_cluster_are_not_refused_for_a_rounding_error():
+    made = cluster.share(of({"workers": 31, "cpus_per_worker": 3.85}, {"min_actors": 3, "cpus": 2.55}), 0)
+    assert 31 * 3.85 + 3 * 2.55 > 127
+    cluster._check_sum(made, 127, 0)
+
+
+def test_what_one_worker_or_actor_reserves_must_fit_on_one_node():
+    nodes = [{"Resources": {"CPU": 2.0}}, {"Resources": {"CPU": 4.0}}, {"Resources": {}}]
+    cluster._check_nodes(of({"cpus_per_worker": 4.0}, {"cpus": 4.0}), nodes)
+    with pytest.raises(SettingsError, match=r"^training\.cpus_per_worker: 5 CPU .* has 4"):
+        cluster._check_nodes(of({"cpus_per_worker": 5.0}), nodes)
+    with pytest.raises(SettingsError, match=r"^knowledge\.pool\.cpus: 4\.5 CPU .* has 4"):
+        cluster._check_nodes(of(pool={"cpus": 4.5}), nodes)
+
+
+def test_labels_must_be_carried_by_one_node_all_at_once():
+    nodes = [{"Resources": {"CPU": 4.0}, "Labels": labels} for labels in ({"zone": "a"}, {"kind": "x"}, None)]
+    cluster._check_nodes(of(pool={"node_labels": {"zone": "a"}}), nodes)
+    with pytest.raises(SettingsError, match=r"^knowledge\.pool\.node_labels: "):
+        cluster._check_nodes(of(pool={"node_labels": {"zone": "a", "kind": "x"}}), nodes)
+
+
+def test_a_real_session_holds_what_fits_and_refuses_what_does_not(ray_session):
+    made = cluster.fitted(of({"workers": 3, "cpus_per_worker": 1.0, "device": "cpu"}, {"cpus": 1.0}))
+    assert (made.training.workers, made.training.device, made.knowledge.pool.gpus) == (3, "cpu", 0.0)
+    with pytest.raises(SettingsError, match=r"^training\.workers: .* the cluster has 4 CPU"):
+        cluster.fitted(of({"workers": 4, "cpus_per_worker": 1.0, "device": "cpu"}, {"cpus": 1.0}))
+    with pytest.raises(SettingsError, match=r"^knowledge\.pool\.node_labels: "):
+        cluster.fitted(of({"workers": 1, "device": "cpu"}, {"node_labels": {"no": "such"}}))
+    if not ray.cluster_resources().get("GPU"):
+        with pytest.raises(SettingsError, match=r"set training\.device to cpu"):
+            cluster.fitted(of({"device": "cuda"}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ("local", 9, False)),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, ("10.0.0.1:6379", None, None)),
+        ({"RAY_JOB_ID": "01"}, ("auto", None, None)),
+    ],
+)
+def test_a_named_cluster_is_joined_else_one_large_enough_is_started(variables, expected, monkeypatch):
+    asked: dict = {}
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
+    cluster.connect(of({"workers": 8, "cpus_per_worker": 1.0}, {"cpus": 0.5}))
+    assert (asked["address"], asked["num_cpus"], asked["include_dashboard"]) == expected
+
+
+def test_a_session_that_runs_is_used_as_it_is(ray_session, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("a second session"))
+    cluster.connect(Settings())

@@ -1,0 +1,97 @@
+"""Jobs end in a plain message and an exit status; only a bug shows a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ask_ray import command
+from ask_ray.config import Settings, SettingsError, UserError
+from ask_ray.storage import StorageError
+
+JOBS = Path(command.__file__).parent.parent / "jobs"
+
+
+def fail(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SettingsError("ask.rho: no"), 2), (UserError("the run failed"), 1), (StorageError("no disk"), 1)]
+)
+def test_a_known_problem_is_one_message_and_a_status(error, status, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.guarded(lambda: fail(error))
+    told = capsys.readouterr()
+    assert (stop.value.code, told.err, told.out) == (status, f"error: {error}\n", "")
+    assert stop.value.__suppress_context__
+
+
+def test_an_interrupt_has_its_own_status(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.guarded(lambda: fail(KeyboardInterrupt()))
+    assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_a_bug_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        command.guarded(lambda: 1 / 0)
+
+
+def test_a_job_that_ends_well_does_not_exit():
+    seen = []
+    command.guarded(lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_a_job_gets_the_settings_of_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["job", "--config", "paper", "--ask.beta", "0.4"])
+    seen: list[Settings] = []
+    command.with_settings("a job", seen.append)
+    assert (seen[0].ask.rho, seen[0].ask.beta) == (0.2, 0.4)
+
+
+def test_wrong_settings_end_before_the_job_starts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job", "--ask.rho", "2"])
+    seen: list[Settings] = []
+    with pytest.raises(SystemExit) as stop:
+        command.with_settings("a job", seen.append)
+    assert stop.value.code == 2
+    assert "ask.rho" in capsys.readouterr().err
+    assert seen == []
+
+
+def test_a_job_gets_its_own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["job", "some/run", "--top", "3"])
+    seen = {}
+    command.with_arguments(
+        "a job",
+        lambda run, top, split: seen.update(run=run, top=top, split=split),
+        run={"positional": True},
+        top={"type": int},
+        split={"default": "test"},
+    )
+    assert seen == {"run": "some/run", "top": 3, "split": "test"}
+
+
+def test_a_job_with_its_own_arguments_fails_as_plainly(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job", "some/run"])
+    with pytest.raises(SystemExit) as stop:
+        command.with_arguments("a job", lambda run: fail(UserError(f"{run}: not there")), run={"positional": True})
+    assert (stop.value.code, capsys.readouterr().err) == (1, "error: some/run: not there\n")
+
+
+def test_a_real_job_refuses_wrong_settings_without_a_traceback(tmp_path):
+    words = ["--data.corpus", "folder", "--run.storage", str(tmp_path / "runs")]
+    done = subprocess.run([sys.executable, JOBS / "train.py", *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "data.folder.path" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_reading_the_settings_does_not_wait_for_ray_and_torch():
+    code = "import sys, ask_ray.command; print(sorted({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
