@@ -1,7 +1,7 @@
 """How GPUs are dealt out, and which runs a cluster can never hold."""
 
-import ray
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st

@@ -330,7 +330,10 @@ def test_dotted_arguments_win_over_config_wherever_they_stand(words):
 def test_of_two_configs_the_later_wins(tmp_path):
     (tmp_path / "mine.yaml").write_text("ask: {rho: 0.6, beta: 0.1}")
     mine = str(tmp_path / "mine.yaml")
-    assert (read("--config", "paper", "--config", mine).ask.rho, read("--config", mine, "--config", "paper").ask.rho) == (0.6, 0.2)
+    assert (read("--config", "paper", "--config", mine).ask.rho, read("--config", mine, "--config", "paper").ask.rho) == (
+        0.6,
+        0.2,
+    )
     made = read("--config", "ntxent", "--config", mine)
     assert (made.ask.enabled, made.ask.beta) == (False, 0.1)
 

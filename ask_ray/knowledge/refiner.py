@@ -186,7 +186,7 @@ class Refiner:
                 continue
             self._line.append(manifest["version"])
             self._settle(request, manifest["version"], "published")
-            facts = {name: value for name, value in manifest.items() if name not in ("files", "run")}
+            facts = {name: value for name, value in manifest.items() if name not in ("files", "run", "digest")}
             self._journal.tell("published", **facts)
             self._prune()
             return

@@ -1,5 +1,6 @@
 """Sources: manifests of three kinds, rows set aside with a reason, stable splits, a bank of recordings."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -71,11 +72,9 @@ def test_a_caption_that_looks_like_something_else_stays_text(word, tmp_path):
         assert [(row.id, row.captions) for row in rows] == [(f"{word}a", (word,)), (f"{word}b", (word,))]
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), min_size=1, max_size=5))
+@given(captions=st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), min_size=1, max_size=5))
 @budget(max_examples=40, deadline=None)
 def test_any_caption_survives_every_kind_of_manifest(captions, tmp_path_factory):
-    import csv
-
     folder = tmp_path_factory.mktemp("manifests")
     rows = [{"file_name": f"{n}.wav", "caption": caption} for n, caption in enumerate(captions)]
     with (folder / "a.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -227,7 +226,7 @@ def test_splits_have_exact_sizes_and_are_disjoint(count, validation, test, seed,
     (folder / "captions.csv").write_text(manifest(names))
     split = splits_of(folder_source(folder, validation=validation, test=test))
     assert (len(split["validation"]), len(split["test"])) == (round(count * validation), round(count * test))
-    assert sorted(sum(split.values(), [])) == sorted(f"{name}.wav" for name in names)
+    assert sorted(name for ids in split.values() for name in ids) == sorted(f"{name}.wav" for name in names)
 
 
 def test_the_split_does_not_depend_on_the_order_of_rows(tmp_path):

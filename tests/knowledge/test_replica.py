@@ -305,13 +305,13 @@ def test_loading_goes_on_after_the_refiner_restarts(line):
     replica.swap(1)
     ray.kill(line.refiner, no_restart=False)
 
-    def offered() -> bool:
+    def restarted() -> bool:
         try:
-            line.offer(2)
+            return ray.get(line.refiner.next_after.remote(0, 0.0)) is None  # a new process knows no line
         except ray.exceptions.RayActorError:
             return False
-        return True
 
-    wait_for(offered)
-    replica.wait_until_seen(2)
+    wait_for(restarted)
+    line.offer(2)
+    replica.wait_until_seen(2, seconds=30)
     assert (replica.version, replica.newest) == (1, 2)

@@ -1,0 +1,239 @@
+"""Training batches: fair shares, the same again after a restart, captions of the very clip."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from ask_ray.config import DataSettings, FolderSettings, SettingsError
+from ask_ray.data.batches import Batch, TrainingBatches, crop, epoch_order, pad
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.prepare import prepare
+from ask_ray.data.schema import SPLITS, id_number
+
+GROUPS = st.lists(st.integers(1, 64), min_size=1, max_size=12)
+
+
+def letters(captions) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tokeniser that loses nothing: code points."""
+    rows = [torch.tensor([ord(letter) for letter in caption]) for caption in captions]
+    words = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return words, words != 0
+
+
+def read_back(batch: Batch) -> list[str]:
+    return ["".join(map(chr, row[mask].tolist())) for row, mask in zip(batch.words, batch.mask, strict=True)]
+
+
+def batches_of(corpus: Corpus, batch_size: int = 16, rank: int = 0, workers: int = 2, seed: int = 0, **data) -> TrainingBatches:
+    return TrainingBatches(corpus, DataSettings(**data), letters, batch_size, seed, rank, workers)
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for name, value in vars(one).items():
+        assert torch.equal(value, getattr(other, name)), name
+
+
+# --- the order of an epoch
+
+
+@given(groups=GROUPS, seed=st.integers(0, 2**31), epoch=st.integers(0, 99), workers=st.integers(1, 5), window=st.integers(1, 99))
+@budget(max_examples=150, deadline=None)
+def test_every_worker_gets_an_equal_share_and_no_clip_goes_to_two(groups, seed, epoch, workers, window):
+    total = sum(groups)
+    if total < workers:
+        return
+    shares = [epoch_order(groups, seed, epoch, rank, workers, window) for rank in range(workers)]
+    assert {len(share) for share in shares} == {total // workers}
+    dealt = [place for share in shares for place in share]
+    assert len(set(dealt)) == len(dealt) > total - workers
+    assert set(dealt) <= {(group, row) for group, count in enumerate(groups) for row in range(count)}
+    assert shares == [epoch_order(groups, seed, epoch, rank, workers, window) for rank in range(workers)]
+
+
+@given(epoch=st.integers(0, 99), rank=st.integers(0, 1), seed=st.integers(0, 99))
+@budget(max_examples=30, deadline=None)
+def test_the_order_changes_with_the_epoch_and_with_the_seed(epoch, rank, seed):
+    def order(*given: int) -> list:
+        return epoch_order([64, 64, 50], *given, rank, 2, 1000)
+
+    assert order(seed, epoch) != order(seed, epoch + 1)
+    assert order(seed, epoch) != order(seed + 1, epoch)
+    assert sorted(order(seed, epoch)) != order(seed, epoch)
+
+
+def test_what_sits_out_one_epoch_is_seen_in_another():
+    seen = {place for epoch in range(30) for rank in range(3) for place in epoch_order([7, 7], 0, epoch, rank, 3, 8)}
+    assert len(seen) == 14
+
+
+@given(window=st.integers(1, 200), epoch=st.integers(0, 9))
+@budget(max_examples=30, deadline=None)
+def test_a_worker_reads_few_row_groups_and_shuffles_no_further_than_its_window(window, epoch):
+    groups = [10] * 20
+    for rank in range(4):
+        order = epoch_order(groups, 0, epoch, rank, 4, window)
+        assert len({group for group, _ in order}) <= 50 // 10 + 1
+        for start in range(0, 50, window):
+            assert len({group for group, _ in order[start : start + window]}) <= -(-window // 10) + 1
+
+
+# --- padding and cropping
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 99))
+@budget(max_examples=50, deadline=None)
+def test_padding_keeps_every_sample(lengths, seed):
+    rng = np.random.default_rng(seed)
+    waveforms = [rng.integers(-32768, 32768, length).astype(np.int16) for length in lengths]
+    padded, found = pad(waveforms)
+    assert (padded.shape, padded.dtype, found.tolist()) == ((len(lengths), max(lengths)), torch.float32, lengths)
+    assert padded.abs().max() <= 1
+    for row, one in zip(padded, waveforms, strict=True):
+        np.testing.assert_array_equal(row[: len(one)].numpy() * 32768, one)
+        assert not row[len(one) :].any()
+
+
+@given(length=st.integers(1, 60), limit=st.integers(1, 60), seed=st.integers(0, 99))
+@budget(deadline=None)
+def test_a_crop_is_a_stretch_of_the_clip(length, limit, seed):
+    waveform = np.arange(length, dtype=np.int16)
+    np.testing.assert_array_equal(crop(waveform, limit), waveform[:limit])
+    made = crop(waveform, limit, np.random.default_rng(seed))
+    assert len(made) == min(length, limit)
+    np.testing.assert_array_equal(made, np.arange(made[0], made[0] + len(made)))
+
+
+def test_random_crops_reach_both_ends():
+    rng = np.random.default_rng(0)
+    starts = {int(crop(np.arange(10), 7, rng)[0]) for _ in range(200)}
+    assert starts == {0, 1, 2, 3}
+
+
+# --- batches of a real corpus
+
+
+@pytest.fixture(scope="module")
+def captions(small_corpus) -> dict[int, list[str]]:
+    read = [small_corpus.read(group) for split in SPLITS for group in small_corpus.groups(split)]
+    return {id_number(name): texts for rows in read for name, texts in zip(rows.ids, rows.captions, strict=True)}
+
+
+def test_an_epoch_holds_full_batches_of_clips_with_one_of_their_captions(small_corpus, captions):
+    seen: list[int] = []
+    for rank in range(2):
+        made = batches_of(small_corpus, rank=rank)
+        epoch = list(made.epoch(3))
+        assert len(epoch) == made.steps == 150 // 2 // 16
+        for batch in epoch:
+            assert (batch.waveforms.shape, batch.waveforms.dtype) == ((16, 8000), torch.float32)
+            assert batch.lengths.tolist() == [8000] * 16
+            assert batch.waveforms.abs().amax(1).min() > 1e-3
+            own = [captions[clip][n] for clip, n in zip(batch.ids.tolist(), batch.captions.tolist(), strict=True)]
+            assert read_back(batch) == own
+            seen += batch.ids.tolist()
+    assert len(set(seen)) == len(seen) == 2 * 4 * 16
+    assert set(seen) <= set(captions)
+
+
+def test_a_waveform_belongs_to_its_id(small_corpus):
+    stored = {}
+    for group in small_corpus.groups("train"):
+        rows = small_corpus.read(group)
+        stored |= {id_number(name): rows.waveform(n) for n, name in enumerate(rows.ids)}
+    for batch in batches_of(small_corpus, workers=1).epoch(0):
+        for clip, waveform in zip(batch.ids.tolist(), batch.waveforms, strict=True):
+            np.testing.assert_array_equal(waveform.numpy() * 32768, stored[clip])
+
+
+def test_captions_are_drawn_anew_each_epoch(small_corpus):
+    made = batches_of(small_corpus, batch_size=150, workers=1)
+    drawn = []
+    for epoch in range(6):
+        (batch,) = made.epoch(epoch)
+        drawn.append(dict(zip(batch.ids.tolist(), batch.captions.tolist(), strict=True)))
+    assert {n for one in drawn for n in one.values()} == {0, 1, 2}
+    assert sum(len({one[clip] for one in drawn}) > 1 for clip in drawn[0]) > 140
+
+
+def test_epochs_ranks_and_seeds_differ_and_the_same_comes_again(small_corpus):
+    def first(epoch: int = 0, **options) -> Batch:
+        return next(batches_of(small_corpus, **options).epoch(epoch))
+
+    assert_same(first(), first())
+    for other in (first(1), first(rank=1), first(seed=1)):
+        assert not torch.equal(first().captions, other.captions)
+        assert not torch.equal(first().ids, other.ids)
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+@pytest.mark.parametrize("skipped", [0, 1, 3, 4])
+def test_an_epoch_taken_up_at_a_step_goes_on_as_if_never_stopped(skipped, loaders, small_corpus):
+    expected = list(batches_of(small_corpus).epoch(2))[skipped:]
+    found = list(batches_of(small_corpus, loader_processes=loaders).epoch(2, first=skipped))
+    assert len(found) == len(expected) == 4 - skipped
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("data", [{"cache_mib": 0}, {"cache_mib": 0, "loader_processes": 1}, {"cache_mib": 1}])
+def test_a_small_cache_costs_time_not_clips(data, small_corpus, captions):
+    made = [batch for rank in range(2) for batch in batches_of(small_corpus, rank=rank, **data).epoch(0)]
+    seen = [clip for batch in made for clip in batch.ids.tolist()]
+    assert len(set(seen)) == len(seen) == 128
+    assert all(text in captions[clip] for batch in made for clip, text in zip(batch.ids.tolist(), read_back(batch), strict=True))
+
+
+def test_with_a_cache_a_row_group_is_read_once(small_corpus, monkeypatch):
+    read: list = []
+    real = Corpus.read
+    monkeypatch.setattr(Corpus, "read", lambda corpus, group: read.append(group) or real(corpus, group))
+    made = batches_of(small_corpus, workers=1)
+    for epoch in range(2):
+        assert len(list(made.epoch(epoch))) == 9
+    assert sorted(read) == sorted(small_corpus.groups("train"))
+
+
+def test_long_clips_are_cropped_to_max_seconds(small_corpus):
+    made = batches_of(small_corpus, max_seconds=0.25)
+    whole = batches_of(small_corpus)
+    starts = set()
+    for short, full in zip(made.epoch(0), whole.epoch(0), strict=True):
+        assert torch.equal(short.ids, full.ids)
+        assert short.waveforms.shape == (16, 2000)
+        assert short.lengths.tolist() == [2000] * 16
+        for part, all_of_it in zip(short.waveforms, full.waveforms, strict=True):
+            (start,) = (all_of_it.unfold(0, 2000, 1) == part).all(1).nonzero().flatten().tolist()
+            starts.add(start)
+    assert len(starts) > 20
+    assert max(starts) > 3000
+
+
+def test_a_batch_that_cannot_be_filled_is_refused(small_corpus):
+    batches_of(small_corpus, batch_size=75).check()
+    with pytest.raises(SettingsError, match=r"^training\.batch_size: 2 workers x 76 pairs .* 150 clips"):
+        batches_of(small_corpus, batch_size=76).check()
+    with pytest.raises(SettingsError, match=r"^training\.batch_size"):
+        batches_of(small_corpus, batch_size=1, workers=151).check()
+    assert [batches_of(small_corpus, batch_size=size, workers=1).steps for size in (150, 76, 75, 1)] == [1, 1, 2, 150]
+
+
+def test_clips_of_all_lengths_are_padded(ray_session, tmp_path, write_audio):
+    seconds = {f"{n}.wav": 0.2 + 0.05 * n for n in range(12)}
+    for name, length in seconds.items():
+        write_audio(tmp_path / "in" / name, seconds=length)
+    (tmp_path / "in" / "captions.csv").write_text("file_name,caption\n" + "".join(f"{name},{name}\n" for name in seconds))
+    folder = FolderSettings(path=str(tmp_path / "in"), validation=0, test=0)
+    data = DataSettings(corpus="folder", folder=folder, prepared=str(tmp_path / "out"), shard_clips=5)
+    made = replace(batches_of(prepare(data), batch_size=4, workers=1), data=data)
+    for batch in made.epoch(0):
+        expected = [round(16000 * seconds[name]) for name in read_back(batch)]
+        assert batch.lengths.tolist() == expected
+        assert batch.waveforms.shape == (4, max(expected))
+        for waveform, length in zip(batch.waveforms, expected, strict=True):
+            assert waveform[length - 50 : length].any()
+            assert not waveform[length:].any()

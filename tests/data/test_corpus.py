@@ -1,0 +1,55 @@
+"""A prepared corpus: its counts, its row groups and what is read from them."""
+
+import pickle
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ask_ray.config import SettingsError
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.schema import SPLITS
+
+
+def test_a_folder_without_a_manifest_is_no_corpus(tmp_path):
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(SettingsError, match=r"manifest\.json") as refusal:
+        Corpus.open(str(tmp_path))
+    assert str(tmp_path) in str(refusal.value)
+
+
+def test_an_unknown_split_is_refused(small_corpus):
+    with pytest.raises(SettingsError, match="train, validation, test"):
+        small_corpus.clips("dev")
+
+
+def test_row_groups_hold_every_clip_once(small_corpus):
+    assert [group.clips for group in small_corpus.groups("train")] == [64, 36, 50]
+    for split, count in zip(SPLITS, (150, 7, 20), strict=True):
+        read = [small_corpus.read(group) for group in small_corpus.groups(split)]
+        assert [len(rows) for rows in read] == [group.clips for group in small_corpus.groups(split)]
+        assert [name for rows in read for name in rows.ids] == [f"{split}-{n:07d}" for n in range(count)]
+        assert small_corpus.clips(split) == count
+
+
+def test_what_is_read_is_what_the_files_hold(small_corpus):
+    for group in small_corpus.groups("train"):
+        whole = pq.read_table(small_corpus.folder.local / "clips" / group.file).slice(64 * group.number, group.clips).to_pylist()
+        rows = small_corpus.read(group)
+        assert rows.ids == [row["id"] for row in whole]
+        assert rows.captions == [row["captions"] for row in whole]
+        for n in (0, group.clips // 2, group.clips - 1):
+            assert rows.waveform(n).dtype == np.int16
+            np.testing.assert_array_equal(rows.waveform(n), whole[n]["waveform"])
+
+
+def test_sizes_that_plan_memory_and_knowledge(small_corpus):
+    assert small_corpus.sample_rate == 8000
+    assert small_corpus.mean_bytes("train") == 2 * 8000
+    assert [small_corpus.entries("train", count) for count in (1, 2, 3, 4)] == [150, 300, 450, 450]
+    assert small_corpus.rejected() == {}
+
+
+def test_a_corpus_can_be_handed_to_a_worker(small_corpus):
+    assert pickle.loads(pickle.dumps(small_corpus)) == small_corpus
+    assert Corpus.open(str(small_corpus.folder)) == small_corpus
