@@ -164,7 +164,7 @@ class RefreshSettings(Section):
     policy: Literal["static", "fixed"] = Field("fixed", description="build once, or re-encode every `interval` epochs")
     interval: Positive = Field(2.0, description="T, epochs between refreshes; fractions are allowed")
     mode: Literal["async", "sync"] = Field("async", description="train on while a refresh runs, or wait for it")
-    warmup_epochs: float = Field(1.0, ge=0, description="epochs before the first knowledge base is built and used")
+    warmup_epochs: float = Field(4.0, ge=0, description="epochs before the first knowledge base is built and used")
     poll_steps: Count = Field(4, description="workers agree on the version to use every this many steps")
     attempts: Count = Field(3, description="a refresh that fails is tried this often in all")
     backoff_seconds: float = Field(1.0, ge=0, description="pause before the second try; doubled for each one after")
@@ -199,7 +199,7 @@ class KnowledgeSettings(Section):
 class TrainingSettings(Section):
     """The optimisation, its workers and its checkpoints."""
 
-    epochs: Count = Field(12, description="passes over the training split")
+    epochs: Count = Field(15, description="passes over the training split")
     batch_size: Count = Field(32, description="pairs per worker and step")
     workers: Count | None = Field(None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs")
     cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")
@@ -208,9 +208,9 @@ class TrainingSettings(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if the cluster has any")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
-    learning_rate: Positive = Field(1e-3, description="peak learning rate of AdamW")
+    learning_rate: Positive = Field(7e-4, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
-    warmup_share: Share = Field(0.05, description="share of all steps over which the learning rate rises; then cosine")
+    warmup_share: Share = Field(0.1, description="share of all steps over which the learning rate rises; then cosine")
     clip_norm: Positive = Field(1.0, description="largest gradient norm")
     evaluate_every: Natural = Field(3, description="epochs between evaluations on the validation split; 0: never")
     checkpoint_every: Count = Field(1, description="epochs between checkpoints")

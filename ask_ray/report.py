@@ -174,7 +174,8 @@ def timeline(events: Events) -> Figure | None:
         bottom.barh(0, event["build_seconds"], left=start + event["encode_seconds"], color=GREEN, height=0.6)
         bottom.text(start, 0.38, f"v{event['version']}", fontsize=8)
     top.set(ylabel="training step", title="Training goes on while the knowledge base is re-encoded")
-    top.legend(frameon=False)
+    if swaps:
+        top.legend(frameon=False)
     top.grid(alpha=0.25)
     bottom.set(xlabel="seconds", yticks=[0], yticklabels=["refresh"], ylim=(-0.6, 0.8))
     for label, colour in (("encoding (actor pool)", ORANGE), ("prototypes and index", GREEN)):

@@ -95,7 +95,7 @@ class Recorder:
         elif kind == "published":
             self._metrics({f"refresh_{key}": event[key] for key in ("encode_seconds", "build_seconds")}, event["encoder_step"])
         elif kind == "swapped" and event["rank"] == 0:
-            swap = {f"swap_{key}": event[key] for key in ("version", "lag_steps", "swap_ms")}
+            swap = {f"swap_{key.removeprefix('swap_')}": event[key] for key in ("version", "lag_steps", "swap_ms")}
             self._metrics(swap, event["step"])
 
     def _metrics(self, values: dict[str, Any], step: int, leave_out: tuple[str, ...] = ()) -> None:

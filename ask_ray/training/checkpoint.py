@@ -165,7 +165,7 @@ def newest(run: Folder) -> Iterator[Path]:
     """
     try:
         found = Result.from_path(run.uri).checkpoint
-    except RuntimeError as error:
+    except Exception as error:  # what Ray raises for a damaged snapshot, or one of another version, has no public name
         raise CheckpointError(f"{run}: not a run's folder ({error}); give <storage>/<name> of a run") from error
     if found is None:
         raise CheckpointError(f"{run}: the run has no checkpoint yet; wait for its first epoch")

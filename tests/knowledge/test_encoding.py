@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,7 +145,7 @@ def test_all_rows_are_accepted(found, corpus):
 
 def test_a_missing_unit_is_refused(found, corpus):
     del found[1]
-    with pytest.raises(EncodingError, match="row group 1 of .* is missing: 2 of 3"):
+    with pytest.raises(EncodingError, match=r"row group 1 of .* is missing: 2 of 3"):
         check(found, corpus)
 
 
@@ -168,7 +167,7 @@ def test_lost_and_double_rows_are_refused(found, corpus, rows):
 
 def test_a_unit_of_other_size_than_the_corpus_says_is_refused(found, corpus):
     found[2] = only(found[0], list(range(16)))
-    with pytest.raises(EncodingError, match="row group 2 of .*: 8 of 3 clips"):
+    with pytest.raises(EncodingError, match=r"row group 2 of .*: 8 of 3 clips"):
         check(found, corpus)
 
 
@@ -184,5 +183,5 @@ def test_a_single_number_that_is_not_finite_is_refused(found, corpus, name, valu
 def test_what_weights_of_nan_give_is_refused(corpus, model):
     broken = copy.deepcopy(model)
     broken.load_state_dict({name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()})
-    with pytest.raises(EncodingError, match="row group 0 of .*: audio embeddings are not finite"):
+    with pytest.raises(EncodingError, match=r"row group 0 of .*: audio embeddings are not finite"):
         check(by_unit(corpus, broken), corpus)

@@ -58,6 +58,4 @@ def test_asking_changes_nothing(per_epoch, warmup, interval, steps):
     fresh = schedule_of(RefreshSettings(warmup_epochs=warmup, interval=interval), per_epoch)
     for step in steps:
         schedule.reason(step, True, True)
-    assert [schedule.reason(step, True, False) for step in range(200)] == [
-        fresh.reason(step, True, False) for step in range(200)
-    ]
+    assert [schedule.reason(step, True, False) for step in range(200)] == [fresh.reason(step, True, False) for step in range(200)]

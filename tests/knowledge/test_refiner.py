@@ -189,6 +189,9 @@ def test_weights_that_fail_are_tried_again_then_given_up_and_the_old_version_sta
 def test_a_refresh_that_is_under_way_can_be_given_up(bench):
     running, waiting = bench.request(1), bench.request(2)
     wait_for(lambda: bench.events("started"))
+    only_if_idle = bench.refiner.request.remote(3, "a test", [bench.weights["good"]], True)
+    assert ray.get(only_if_idle) == 0
+    assert bench.settled(0, 0.0) == (True, None)
     bench.call("stop")
     assert bench.settled(waiting, 1.0) == (True, None)
     assert bench.settled(running, 5.0) == (True, None)

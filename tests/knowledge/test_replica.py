@@ -38,7 +38,10 @@ def put(home: Folder, version: int, prototypes: int = 5) -> Embeddings:
     numbers = np.repeat(CLIPS, COUNTS)
     count, which = len(numbers), np.concatenate([np.arange(of) for of in COUNTS])
     entries = Entries([f"clip {n}" for n in numbers], numbers, ["a caption"] * count, which, ["corpus"] * count)
-    rows, paired = Embeddings(unit(count, version), unit(count, version + 50)), Embeddings(unit(prototypes, 8), unit(prototypes, 9))
+    rows, paired = (
+        Embeddings(unit(count, version), unit(count, version + 50)),
+        Embeddings(unit(prototypes, 8), unit(prototypes, 9)),
+    )
     built = (index.build(rows.audio, 10**6, 4, 0), index.build(rows.text, 10**6, 4, 0))
     publish(home, version, entries, rows, paired, built, {"run": RUN, "encoder_step": 100 * version})
     return rows

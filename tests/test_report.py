@@ -1,0 +1,153 @@
+"""The pictures and tables of a run, from a journal as a run writes it."""
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ask_ray import report
+from ask_ray.storage import Folder
+
+FIGURES = {"r1": 0.25, "r5": 0.5, "r10": 0.75, "map10": 0.333, "median_rank": 4.0, "n": 1000}
+RESULT = {"final": {"t2a": FIGURES, "a2t": {**FIGURES, "r1": 0.375, "median_rank": 3.5}}}
+REQUIRED = {"version", "encoder_step", "swap_step", "lag_steps", "encode_seconds", "build_seconds", "swap_ms", "entries"}
+
+
+def published(version: int, step: int, at: float) -> dict[str, Any]:
+    return {
+        "kind": "published", "time": at, "version": version, "encoder_step": step, "entries": 800, "prototypes": 16,
+        "started": at - 3.0, "encode_seconds": 2.5, "build_seconds": 0.5, "reason": "20 steps since the last",
+    }  # fmt: skip
+
+
+def swapped(version: int, rank: int, step: int, lag: int, at: float, ms: float = 2.0) -> dict[str, Any]:
+    return {
+        "kind": "swapped", "time": at, "version": version, "rank": rank, "step": step, "lag_steps": lag, "swap_ms": ms,
+    }  # fmt: skip
+
+
+def journal() -> list[dict[str, Any]]:
+    """Two workers, four epochs, three versions of which the last was never swapped in."""
+    events: list[dict[str, Any]] = [{"kind": "began", "time": 99.0, "step": 0, "epoch": 0, "world_size": 2}]
+    for step in range(0, 80, 10):
+        event = {"kind": "step", "time": 100.0 + step, "step": step, "version": 0, "loss": 3.0 / (1 + step)}
+        if step >= 30:
+            event |= {"rdm_audio": 0.01 * step, "rdm_text": float("nan") if step == 40 else 0.02 * step}
+        events.append(event)
+        if step % 20 == 10:
+            epoch = (step + 10) // 20
+            events.append(
+                {"kind": "epoch", "time": 105.0 + step, "epoch": epoch, "step": step + 10, "loss": 2.0, "loss_a2t": 1.9,
+                 "loss_t2a": 2.1, "t2a_r1": 0.1 * epoch, "a2t_r1": 0.12 * epoch, "probe_rdm_audio": 0.1}
+            )  # fmt: skip
+    events += [published(1, 20, 125.0), swapped(1, 0, 24, 4, 126.0), swapped(1, 1, 24, 4, 126.1, ms=7.5)]
+    events += [published(2, 40, 147.0), swapped(2, 0, 48, 8, 150.0), swapped(2, 1, 48, 8, 150.0), published(3, 60, 170.0)]
+    return events
+
+
+def test_a_row_for_every_version_that_was_swapped_in():
+    rows = report.refreshes(journal())
+    assert [row["version"] for row in rows] == [1, 2]
+    assert all(row.keys() >= REQUIRED for row in rows)
+    assert {name: rows[0][name] for name in sorted(REQUIRED)} == {
+        "version": 1, "encoder_step": 20, "swap_step": 24, "lag_steps": 4, "encode_seconds": 2.5, "build_seconds": 0.5,
+        "swap_ms": 7.5, "entries": 800,
+    }  # fmt: skip
+    assert all(row["swap_step"] - row["encoder_step"] == row["lag_steps"] for row in rows)
+    assert [row["ranks"] for row in rows] == [2, 2]
+
+
+def test_a_version_that_a_restart_swapped_in_again_counts_once_with_its_last_swap():
+    again = [swapped(2, rank, 52, 12, 190.0 + rank, ms=1.0) for rank in (0, 1)]
+    rows = report.refreshes([*journal(), *again])
+    assert [row["version"] for row in rows] == [1, 2]
+    assert (rows[1]["swap_step"], rows[1]["lag_steps"], rows[1]["swap_ms"], rows[1]["ranks"]) == (52, 12, 1.0, 2)
+
+
+def test_no_refreshes_no_rows():
+    assert report.refreshes([]) == []
+    assert report.refreshes([event for event in journal() if event["kind"] != "swapped"]) == []
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height, from the header of a PNG file."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", png[16:24])
+
+
+def test_pictures_are_real_ones_and_where_it_says(tmp_path):
+    folder = Folder.at(str(tmp_path / "run"))
+    places = report.draw(folder, journal(), RESULT)
+    assert [Path(place).name for place in places] == ["curves.png", "drift.png", "refreshes.png"]
+    for place in places:
+        width, height = size_of(Path(place).read_bytes())
+        assert width > 600
+        assert height > 250
+        pixels = plt.imread(io.BytesIO(Path(place).read_bytes()))
+        assert np.unique(pixels[..., :3].reshape(-1, 3), axis=0).shape[0] > 20  # something is drawn
+    assert plt.get_fignums() == []  # and nothing stays open
+
+
+@pytest.mark.parametrize(
+    ("kinds", "names"),
+    [
+        ({"step", "epoch"}, ["curves.png", "drift.png"]),
+        ({"epoch"}, ["curves.png"]),
+        ({"epoch", "published"}, ["curves.png", "refreshes.png"]),
+        ({"published", "swapped"}, []),
+        (set(), []),
+    ],
+)
+def test_a_picture_without_data_is_not_drawn(tmp_path, kinds, names):
+    events = [event for event in journal() if event["kind"] in kinds]
+    places = report.draw(Folder.at(str(tmp_path)), events, {"final": {}})
+    assert [Path(place).name for place in places] == names
+    assert sorted(path.name for path in tmp_path.glob("pictures/*")) == names
+
+
+def test_curves_show_each_step_once_though_a_restart_repeated_some(tmp_path):
+    repeated = [{"kind": "step", "time": 300.0, "step": 70, "version": 2, "loss": 9.0}]
+    figure = report.curves([*journal(), *repeated], RESULT)
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "objective, single steps"]
+    assert list(line.get_xdata()) == list(range(0, 80, 10))
+    assert line.get_ydata()[-1] == 9.0
+    labels = [line.get_label() for line in figure.axes[1].lines]
+    assert "text → audio, test (N = 1000)" in labels
+    plt.close(figure)
+
+
+def test_drift_leaves_out_what_was_not_known_and_marks_the_swaps():
+    figure = report.drift(journal())
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert lines["text, the batch's own entries"] == [30, 50, 60, 70]
+    assert [xs for xs in lines.values() if xs in ([24, 24], [48, 48])]
+    plt.close(figure)
+
+
+def printed(figures: dict[str, Any]) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(report.retrieval_table("title", figures))
+    return console.file.getvalue()
+
+
+def test_the_table_prints_what_the_field_prints():
+    text = printed({"": RESULT["final"], ", injected": {"t2a": {**FIGURES, "r1": 0.111}}})
+    assert "title" in text
+    rows = [line for line in text.splitlines() if "%" in line]
+    assert len(rows) == 3
+    for part in ("text → audio", "25.0 %", "50.0 %", "75.0 %", "33.3 %", "4", "1000"):
+        assert part in rows[0]
+    assert "37.5 %" in rows[1]
+    assert "3.5" in rows[1]
+    assert "text → audio, injected" in rows[2]
+    assert "11.1 %" in rows[2]
+
+
+def test_the_table_of_no_figures_has_no_rows():
+    assert "%" not in printed({"": {}, ", injected": {}})

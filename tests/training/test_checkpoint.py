@@ -1,0 +1,244 @@
+"""Checkpoints: training goes on to the same bits, files are plain data, and damage is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ask_ray.config import Settings, UserError, load
+from ask_ray.data.batches import Batch
+from ask_ray.models import registry
+from ask_ray.storage import Folder
+from ask_ray.training import checkpoint
+from ask_ray.training.checkpoint import CheckpointError, Place
+from ask_ray.training.step import Stepper
+
+RATE, PER_EPOCH = 8000, 6
+SETTINGS = load(
+    {
+        "model": {"width": 0.1, "dim": 8, "dropout": 0.3},
+        "ask": {"enabled": False},
+        "training": {"epochs": 2, "learning_rate": 0.01, "warmup_share": 0.25},
+    }
+)
+
+
+def fresh(seed: int) -> Stepper:
+    checkpoint.seed_everything(seed, 0)
+    model = registry.build(SETTINGS.model, RATE)
+    stepper = Stepper(model, model, SETTINGS, PER_EPOCH, torch.device("cpu"))
+    stepper.model = model
+    return stepper
+
+
+def steps(stepper: Stepper, first: int, count: int) -> list[float]:
+    """Losses of steps with dropout and masking: they follow from the random state too."""
+    made = []
+    for step in range(first, first + count):
+        noise = 0.1 * torch.randn(4, RATE // 2, generator=torch.Generator().manual_seed(step))
+        words, mask = stepper.model.tokenise([f"sound {step} {n}" for n in range(4)])
+        ids = torch.arange(4)
+        batch = Batch(noise, torch.full((4,), RATE // 2), words, mask, ids, torch.zeros_like(ids))
+        figures = stepper.take(batch, None)
+        made += [float(figures["loss"]), float(figures["gradient_norm"]), stepper.optimizer.param_groups[0]["lr"]]
+    return made
+
+
+def save(folder: Path, stepper: Stepper, place: Place, states: list[torch.Tensor] | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    states = [checkpoint.random_state()] if states is None else states
+    checkpoint.save(folder, place, SETTINGS, stepper.model, stepper.optimizer, stepper.scheduler, states)
+
+
+def restore(folder: Path, stepper: Stepper, rank: int = 0) -> Place:
+    return checkpoint.restore(folder, stepper.model, stepper.optimizer, stepper.scheduler, rank)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As much of a prepared corpus as opening a model asks for."""
+    folder = Folder.at(str(tmp_path_factory.mktemp("corpus")))
+    folder.write_json("manifest.json", {"sample_rate": RATE})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[Path, Stepper, list[float]]:
+    """A checkpoint after four steps, and the steps that followed."""
+    folder, stepper = tmp_path_factory.mktemp("runs") / "checkpoint_a", fresh(0)
+    steps(stepper, 0, 4)
+    save(folder, stepper, Place(0, 4, 3, corpus))
+    return folder, stepper, steps(stepper, 4, 3)
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+# --- going on ---
+
+
+def test_training_continues_to_the_same_bits(trained, corpus):
+    folder, stepper, expected = trained
+    other = fresh(99)
+    assert restore(folder, other) == Place(0, 4, 3, corpus)
+    assert steps(other, 4, 3) == expected
+    for name, value in stepper.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_rank_that_saved_no_random_state_keeps_its_own(trained):
+    other = fresh(99)
+    before = checkpoint.random_state()
+    restore(trained[0], other, rank=1)
+    assert torch.equal(checkpoint.random_state(), before)
+    restore(trained[0], other, rank=0)
+    assert not torch.equal(checkpoint.random_state(), before)
+
+
+def test_every_rank_gets_its_own_random_state(tmp_path, corpus):
+    torch.manual_seed(1)
+    first = checkpoint.random_state()
+    torch.manual_seed(2)
+    second = checkpoint.random_state()
+    stepper = fresh(0)
+    save(tmp_path, stepper, Place(1, 6, 0, corpus), [first, second])
+    for rank, state in enumerate((first, second)):
+        restore(tmp_path, stepper, rank)
+        assert torch.equal(checkpoint.random_state(), state)
+
+
+def test_a_checkpoint_before_the_first_step_can_be_restored(tmp_path, corpus):
+    stepper = fresh(0)
+    save(tmp_path, stepper, Place(0, 0, 0, corpus))
+    expected, other = steps(stepper, 0, 2), fresh(5)
+    restore(tmp_path, other)
+    assert steps(other, 0, 2) == expected
+
+
+def test_seeds_make_ranks_different_and_runs_equal():
+    def drawn(seed: int, rank: int) -> list[float]:
+        checkpoint.seed_everything(seed, rank)
+        return torch.rand(3).tolist()
+
+    assert drawn(1, 0) == drawn(1, 0)
+    assert len({tuple(drawn(seed, rank)) for seed in (0, 1) for rank in (0, 1)}) == 4
+
+
+# --- files ---
+
+
+def test_files_are_plain_data(trained):
+    folder = trained[0]
+    names = {"model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "settings.yaml"}
+    assert {path.name for path in folder.iterdir()} == names
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":
+            load_file(path)
+        else:
+            path.read_text("utf-8")
+        assert not path.read_bytes().startswith((b"\x80", b"PK"))  # what pickle and torch.save begin with
+    assert load((folder / "settings.yaml").read_text("utf-8")) == SETTINGS
+    assert json.loads((folder / "state.json").read_text("utf-8"))["place"]["knowledge_version"] == 3
+
+
+def test_the_model_of_a_checkpoint_is_the_one_that_was_saved(trained, corpus, tmp_path):
+    model, settings, place = checkpoint.open_model(trained[0])
+    assert (settings, place) == (SETTINGS, Place(0, 4, 3, corpus))
+    assert not model.training
+    saved = load_file(trained[0] / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert isinstance(settings, Settings)
+
+
+# --- damage ---
+
+NAMES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+
+
+def harm(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "garbled": b"\xff" * 64}[how])
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "emptied", "garbled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_is_an_error_that_names_the_folder(trained, tmp_path, name, how):
+    folder = copied(trained[0], tmp_path / "checkpoint_b")
+    harm(folder / name, how)
+    with pytest.raises(CheckpointError, match="checkpoint_b"):
+        restore(folder, fresh(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in ("model.safetensors", "state.json") for how in ("missing", "truncated", "emptied", "garbled")]
+    + [("settings.yaml", "missing"), ("settings.yaml", "garbled")],
+)
+def test_a_model_that_cannot_be_opened_is_an_error_that_names_the_folder(trained, tmp_path, name, how):
+    folder = copied(trained[0], tmp_path / "checkpoint_b")
+    harm(folder / name, how)
+    with pytest.raises(UserError, match="checkpoint_b"):
+        checkpoint.open_model(folder)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"place": {}}', '{"place": {"epoch": 1}}', '{"place": 3}', "null"])
+def test_a_state_that_is_none_is_an_error(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoint.place_of(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(trained, tmp_path):
+    folder = copied(trained[0], tmp_path / "checkpoint_b")
+    other = registry.build(SETTINGS.model.model_copy(update={"dim": 16}), RATE)
+    stepper = Stepper(other, other, SETTINGS, PER_EPOCH, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="checkpoint_b"):
+        checkpoint.restore(folder, other, stepper.optimizer, stepper.scheduler, 0)
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("snapshot", [None, "", "{", "[]"])
+def test_a_folder_that_is_no_run_is_an_error_that_names_it(tmp_path, snapshot):
+    folder = tmp_path / "some-run"
+    if snapshot is not None:
+        folder.mkdir()
+        (folder / "checkpoint_manager_snapshot.json").write_text(snapshot)
+    with pytest.raises(CheckpointError, match="some-run"), checkpoint.newest(Folder.at(str(folder))):
+        pass
+
+
+def test_the_versions_that_checkpoints_name_are_pinned(tmp_path):
+    run = Folder.at(str(tmp_path / "run"))
+    assert checkpoint.pinned_versions(run) == []
+    for name, version in (("checkpoint_a", 4), ("checkpoint_b", 2), ("checkpoint_c", 0), ("checkpoint_d", 4), ("other", 9)):
+        (run / name).write_json("state.json", {"place": {"knowledge_version": version}})
+    (run / "checkpoint_e").write("model.safetensors", b"")  # being written
+    run.write_json("checkpoint_manager_snapshot.json", {})
+    assert checkpoint.pinned_versions(run) == [2, 4]
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_pins_nothing(tmp_path, monkeypatch):
+    run = Folder.at(str(tmp_path / "run"))
+    for name, version in (("checkpoint_a", 4), ("checkpoint_b", 2)):
+        (run / name).write_json("state.json", {"place": {"knowledge_version": version}})
+    read = Folder.read_json
+
+    def raced(folder: Folder, name: str) -> Any:
+        if folder.name == "checkpoint_a":
+            folder.delete()
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read_json", raced)
+    assert checkpoint.pinned_versions(run) == [2]

@@ -1,0 +1,150 @@
+"""Evaluation: a split encoded in batches is the split encoded one by one, and injection reads the knowledge base."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from ask_ray.config import AskSettings, DataSettings, Settings, SoundscapeSettings, load
+from ask_ray.data import prepare
+from ask_ray.data.corpora import source_of
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.schema import id_number
+from ask_ray.knowledge import index
+from ask_ray.knowledge.replica import Knowledge
+from ask_ray.knowledge.snapshot import Embeddings, Entries, open_snapshot, publish
+from ask_ray.models import registry
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.storage import Folder
+from ask_ray.training import evaluation, metrics
+from ask_ray.training.evaluation import EncodedSplit
+
+RATE, CPU, DIM = 8000, torch.device("cpu"), 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    home = tmp_path_factory.mktemp("prepared")
+    scenes = SoundscapeSettings(train=6, validation=0, test=11, seconds=1, captions=3)
+    data = DataSettings(prepared=str(home), sample_rate=RATE, shard_clips=4, soundscapes=scenes)
+    source, folder = source_of(data), Folder.at(str(home / "corpus"))
+    prepare._write_manifest(data, folder, source, [prepare.write_shard(source, shard, folder) for shard in source.shards()])
+    return Corpus.open(str(folder))
+
+
+def settings_of(**data: float) -> Settings:
+    pool = {"batch_size": 3}
+    return load({"model": {"width": 0.1, "dim": DIM, "dropout": 0.5}, "data": data, "knowledge": {"pool": pool}})
+
+
+@pytest.fixture(scope="module")
+def model() -> DualEncoder:
+    torch.manual_seed(0)
+    return registry.build(settings_of().model, RATE)
+
+
+@pytest.fixture(scope="module")
+def encoded(model, corpus) -> EncodedSplit:
+    return evaluation.encode_split(model, corpus, "test", settings_of(), CPU)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory, encoded: EncodedSplit) -> Knowledge:
+    """A knowledge base of the very clips that are evaluated, so that a clip that found itself would show."""
+    home = Folder.at(str(tmp_path_factory.mktemp("knowledge")))
+    numbers = np.array([id_number(one) for one in encoded.ids], np.int64)
+    which = np.zeros(len(numbers), np.int64)
+    entries = Entries(encoded.ids, numbers, ["a caption"] * len(numbers), which, [""] * len(numbers))
+    rows = Embeddings(encoded.audio.numpy(), encoded.text[::3].numpy())
+    built = (index.build(rows.audio, 1000, 1, 0), index.build(rows.text, 1000, 1, 0))
+    paired = Embeddings(rows.audio[:4], rows.text[:4])
+    publish(home, 1, entries, rows, paired, built, {"run": "run", "encoder_step": 0})
+    return Knowledge(open_snapshot(home, 1, "run", DIM), CPU)
+
+
+def one_by_one(model: DualEncoder, corpus: Corpus, seconds: float) -> EncodedSplit:
+    model.eval()
+    ids, captions, audio, text, owner = [], [], [], [], []
+    for group in corpus.groups("test"):
+        rows = corpus.read(group)
+        for row in range(len(rows)):
+            waveform = torch.from_numpy(rows.waveform(row)[: round(seconds * RATE)].astype(np.float32) / 32768)[None]
+            with torch.inference_mode():
+                audio.append(model.encode_audio(waveform, torch.tensor([waveform.shape[1]])))
+                text += [model.encode_text(*model.tokenise([caption])) for caption in rows.captions[row]]
+            owner += [len(ids)] * len(rows.captions[row])
+            ids.append(rows.ids[row])
+            captions += rows.captions[row]
+    model.train()
+    return EncodedSplit(ids, captions, torch.cat(audio), torch.cat(text), torch.tensor(owner))
+
+
+@pytest.mark.parametrize("seconds", [10.0, 0.5])
+def test_a_split_is_what_its_clips_and_captions_are_one_by_one(model, corpus, seconds):
+    model.train()
+    made = evaluation.encode_split(model, corpus, "test", settings_of(max_seconds=seconds), CPU)
+    assert all(module.training for module in model.modules())  # training goes on as it was
+    expected = one_by_one(model, corpus, seconds)
+    assert (made.ids, made.captions) == (expected.ids, expected.captions)
+    assert torch.equal(made.owner, expected.owner)
+    for ours, theirs in ((made.audio, expected.audio), (made.text, expected.text)):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert evaluation.both_ways(made) == evaluation.both_ways(expected)
+
+
+def test_a_model_in_evaluation_mode_stays_in_it(model, corpus):
+    model.eval()
+    evaluation.encode_split(model, corpus, "test", settings_of(), CPU)
+    assert not any(module.training for module in model.modules())
+
+
+def test_both_ways_are_the_figures_by_their_names(encoded):
+    made = evaluation.both_ways(encoded)
+    arguments = (encoded.audio, encoded.text, encoded.owner)
+    assert made == {"t2a": vars(metrics.text_to_audio(*arguments)), "a2t": vars(metrics.audio_to_text(*arguments))}
+    assert made["t2a"].keys() == {"r1", "r5", "r10", "map10", "median_rank", "n"}
+    assert made["t2a"]["n"] == made["a2t"]["n"] == 11
+
+
+@pytest.mark.parametrize("reliability", ["pair", "both"])
+def test_injection_mixes_in_the_neighbours_of_ones_own_modality_but_never_oneself(encoded, known, reliability):
+    ask = AskSettings(rho=0.6, neighbours=3, tau_knowledge=0.1, coarse=False, reliability=reliability)
+    made = evaluation.injected(encoded, known, ask)
+    assert (made.ids, made.captions) == (encoded.ids, encoded.captions)
+    assert torch.equal(made.owner, encoded.owner)
+    for name, rows, table, own in (
+        ("audio", encoded.audio, encoded.audio, torch.arange(11)),
+        ("text", encoded.text, encoded.text[::3], encoded.owner),
+    ):
+        scores = rows @ table.T
+        scores[torch.arange(len(rows)), own] = -torch.inf
+        found = scores.topk(3, dim=1)
+        alpha = torch.softmax(found.values / 0.1, dim=1)
+        knowledge = functional.normalize(torch.einsum("bk,bkd->bd", alpha, table[found.indices]), dim=1)
+        expected = functional.normalize(0.6 * rows + 0.4 * knowledge, dim=1)
+        torch.testing.assert_close(getattr(made, name), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(getattr(made, name), rows, atol=1e-3)
+
+
+def test_injection_with_prototypes_is_finite_and_differs(encoded, known):
+    fine, both = (evaluation.injected(encoded, known, AskSettings(neighbours=3, coarse=coarse)) for coarse in (False, True))
+    for rows in (both.audio, both.text):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+    assert not torch.allclose(fine.audio, both.audio)
+    assert all(np.isfinite(value) for way in evaluation.both_ways(both).values() for value in way.values())
+
+
+def test_injection_in_chunks_is_injection_at_once(encoded, known, monkeypatch):
+    ask = AskSettings(neighbours=3)
+    whole = evaluation.injected(encoded, known, ask)
+    monkeypatch.setattr(evaluation._chunked, "__defaults__", (4,))
+    chunked = evaluation.injected(encoded, known, ask)
+    torch.testing.assert_close(chunked.audio, whole.audio)
+    torch.testing.assert_close(chunked.text, whole.text)
+
+
+def test_rho_of_one_injects_nothing(encoded, known):
+    made = evaluation.injected(encoded, known, AskSettings(rho=1, neighbours=3))
+    torch.testing.assert_close(made.audio, encoded.audio)
+    torch.testing.assert_close(made.text, encoded.text)
