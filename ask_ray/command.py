@@ -38,6 +38,7 @@ def with_arguments(description: str, job: Callable[..., object], **arguments: Op
 def guarded(job: Callable[[], object]) -> None:
     """Run `job`; exit with 2 for wrong settings, 1 for a run that failed, 130 when interrupted, and a plain message."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every checkpoint it finds
     try:
         job()
     except UserError as error:

@@ -162,7 +162,7 @@ class RefreshSettings(Section):
     """When the knowledge base is re-encoded, and whether training waits for it."""
 
     policy: Literal["static", "fixed"] = Field("fixed", description="build once, or re-encode every `interval` epochs")
-    interval: Positive = Field(2.0, description="T, epochs between refreshes; fractions are allowed")
+    interval: Positive = Field(3.0, description="T, epochs between refreshes; fractions are allowed")
     mode: Literal["async", "sync"] = Field("async", description="train on while a refresh runs, or wait for it")
     warmup_epochs: float = Field(4.0, ge=0, description="epochs before the first knowledge base is built and used")
     poll_steps: Count = Field(4, description="workers agree on the version to use every this many steps")
@@ -199,7 +199,7 @@ class KnowledgeSettings(Section):
 class TrainingSettings(Section):
     """The optimisation, its workers and its checkpoints."""
 
-    epochs: Count = Field(15, description="passes over the training split")
+    epochs: Count = Field(14, description="passes over the training split")
     batch_size: Count = Field(32, description="pairs per worker and step")
     workers: Count | None = Field(None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs")
     cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")

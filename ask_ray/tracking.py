@@ -63,10 +63,10 @@ class Recorder:
 
     def _start(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        for name in ("alembic", "mlflow", "mlflow.store.db.utils"):  # they tell of every table they create
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._client = MlflowClient(self._uri())
         name = self._settings.tracking.experiment
         found = self._client.get_experiment_by_name(name)

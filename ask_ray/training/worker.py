@@ -182,15 +182,15 @@ class Worker:
     # --- the knowledge base ---
 
     def _before_step(self, epoch_starts: bool) -> None:
-        """Ask for a refresh if one is due; at a poll step, swap to the newest version that every rank has loaded."""
+        """At a poll step, swap to the newest version that every rank has loaded; then ask for a refresh if one is due."""
         if self.replica is None:
             return
         step, refresh = self.place.step, self.settings.knowledge.refresh
+        if step % refresh.poll_steps == 0:
+            self._swap()
         reason = self.schedule.reason(step, self.replica.version > 0, epoch_starts)
         if reason is not None:
             self._refresh(reason, wait=refresh.mode == "sync")
-        elif step % refresh.poll_steps == 0:
-            self._swap()
 
     def _refresh(self, reason: str, wait: bool, urgent: bool = False) -> None:
         """Hand the refiner this step's weights and, if asked to, wait until the version is in.
