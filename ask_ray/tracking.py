@@ -11,6 +11,9 @@ from typing import Any
 from ask_ray.config import Settings, SettingsError, flat
 from ask_ray.storage import Folder
 
+#: MLflow takes at most 100 parameters in a call.
+PARAMS_AT_ONCE = 100
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -85,7 +88,9 @@ class Recorder:
         from mlflow.entities import Param
 
         values = flat(self._settings.model_dump(mode="json"))
-        self._client.log_batch(self._run_id, params=[Param(key, str(value)) for key, value in values.items()])
+        params = [Param(key, str(value)) for key, value in values.items()]
+        for start in range(0, len(params), PARAMS_AT_ONCE):
+            self._client.log_batch(self._run_id, params=params[start : start + PARAMS_AT_ONCE])
         self._client.log_text(self._run_id, self._settings.to_yaml(), "settings.yaml")
 
     def _record(self, event: dict[str, Any]) -> None:

@@ -193,9 +193,7 @@ def test_search_ranks_every_clip_once_by_falling_score(sync_run: dict) -> None:
 
 
 def test_search_with_a_recording_ranks_captions(sync_run: dict, write_audio, tmp_path: Path) -> None:
-    found = inspection.search(
-        str(write_audio(tmp_path / "a.flac", rate=22050, seconds=1.0)), sync_run["folder"], "", 3, quiet()
-    )
+    found = inspection.search(str(write_audio(tmp_path / "a.flac", rate=22050, seconds=1.0)), sync_run["folder"], "", 3, quiet())
     assert len(found) == 3
     assert all(caption for _, _, caption in found)
 

@@ -1,8 +1,8 @@
 """Prepared Parquet in, batches of tensors out: shuffled shares for training, plain order for encoding.
 
-Which clips a worker sees in a step follows from the seed, the epoch, the worker's rank and the number of workers alone,
-so a run can be taken up at any step. Shuffling goes by row groups first and then within windows that fit in memory: a
-corpus on remote storage is read about once per epoch, not once per worker.
+Which clips a worker sees in a step follows from the seed, the epoch, the worker's rank, the number of workers and the size
+of the shuffling window, so a run can be taken up at any step. Shuffling goes by row groups first and then within windows
+that fit in memory: a corpus on remote storage is read about once per epoch, not once per worker.
 """
 
 from __future__ import annotations

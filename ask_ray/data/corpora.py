@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.csv
@@ -54,6 +54,9 @@ class Source(Protocol):
     def shards(self) -> list[Shard]:
         """All the work, in the order of the prepared corpus."""
 
+    def recordings(self) -> int:
+        """How many recordings there are, usable or not: what the share of rejections refers to."""
+
     def early_rejections(self) -> list[Rejection]:
         """What was found unusable while planning."""
 
@@ -68,7 +71,8 @@ def source_of(data: DataSettings) -> Source:
         SettingsError: if a folder or manifest is missing or malformed; the message says what was looked for.
     """
     if data.corpus == "folder":
-        return FolderSource(data, tuple(_split_rows(_folder_rows(data.folder, "data.folder"), data.folder)))
+        rows = _folder_rows(data.folder, Named("data.folder.path", "data.folder.manifest"))
+        return FolderSource(data, tuple(_split_rows(rows, data.folder)))
     return SoundscapeSource(data)
 
 
@@ -93,6 +97,11 @@ class SoundscapeSource:
     def shards(self) -> list[Shard]:
         counts = {split: getattr(self.data.soundscapes, split) for split in SPLITS}
         return [shard for split in SPLITS for shard in _shards(split, 0, counts[split], self.data.shard_clips)]
+
+    def recordings(self) -> int:
+        soundscapes = self.data.soundscapes
+        every = sum(getattr(soundscapes, split) for split in SPLITS)
+        return every if soundscapes.bank is None else len(_bank_rows(soundscapes.bank))
 
     def early_rejections(self) -> list[Rejection]:
         bank = self.data.soundscapes.bank
@@ -131,10 +140,17 @@ def _recorded_bank(folder: str, rate: int, min_seconds: float) -> tuple[Recorded
 
 @lru_cache(maxsize=1)
 def _bank_rows(folder: str) -> tuple[ManifestRow, ...]:
-    return tuple(_folder_rows(FolderSettings(path=folder), "data.soundscapes.bank"))
+    return tuple(_folder_rows(FolderSettings(path=folder), Named("data.soundscapes.bank", "data.soundscapes.bank")))
 
 
 # --- a folder with a manifest ----------------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    """The settings that name a folder and its manifest, for messages."""
+
+    folder: str
+    manifest: str
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,9 @@ class FolderSource:
                 made += _shards(split, places[0], len(places), self.data.shard_clips)
         return made
 
+    def recordings(self) -> int:
+        return len(self.rows)
+
     def early_rejections(self) -> list[Rejection]:
         return [Rejection(row.id, str(row.path), row.problem) for row in self.rows if row.problem]
 
@@ -185,13 +204,13 @@ class FolderSource:
                 yield Rejection(row.id, str(row.path), error.reason, error.detail)
 
 
-def _folder_rows(settings: FolderSettings, setting: str) -> Iterator[ManifestRow]:
+def _folder_rows(settings: FolderSettings, named: Named) -> Iterator[ManifestRow]:
     """The manifest's rows in order; rows that can be judged without the audio already carry their problem."""
     folder = Path(settings.path or "").expanduser().resolve()
     if not folder.is_dir():
-        raise SettingsError(f"{setting}.path: {folder} is not a folder; give the folder that holds the recordings")
-    manifest = _manifest_path(folder, settings.manifest, setting)
-    table = _read_manifest(manifest, setting)
+        raise SettingsError(f"{named.folder}: {folder} is not a folder; give the folder that holds the recordings")
+    manifest = _manifest_path(folder, settings.manifest, named)
+    table = _read_manifest(manifest, named)
     seen: set[str] = set()
     for row in table.to_pylist():
         made = _manifest_row(row, _audio_root(folder, row.get("file_name")), seen)
@@ -224,21 +243,21 @@ def _manifest_row(row: dict[str, Any], root: Path, seen: set[str]) -> ManifestRo
     return ManifestRow(identity, root / name, captions, split, problem)
 
 
-def _manifest_path(folder: Path, given: str | None, setting: str) -> Path:
+def _manifest_path(folder: Path, given: str | None, named: Named) -> Path:
     if given is not None:
         path = folder / Path(given).expanduser()
         if not path.is_file():
-            raise SettingsError(f"{setting}.manifest: {path} is not there; name the CSV, JSONL or Parquet of captions")
+            raise SettingsError(f"{named.manifest}: {path} is not there; name the CSV, JSONL or Parquet of captions")
         return path
     names = [f"{stem}{ending}" for stem in _MANIFESTS for ending in _READERS]
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
-        raise SettingsError(f"{setting}.manifest: looked in {folder} for one of {', '.join(names)}: {what}; name one")
+        raise SettingsError(f"{named.manifest}: looked in {folder} for one of {', '.join(names)}: {what}; name one")
     return found[0]
 
 
-def _read_manifest(path: Path, setting: str) -> pa.Table:
+def _read_manifest(path: Path, named: Named) -> pa.Table:
     """The manifest as a table of text columns.
 
     Raises:
@@ -253,14 +272,14 @@ def _read_manifest(path: Path, setting: str) -> pa.Table:
         elif kind == "parquet":
             table = pyarrow.parquet.read_table(path)
         else:
-            raise SettingsError(f"{setting}.manifest: {path.name} is not a {', '.join(_READERS)} file")
+            raise SettingsError(f"{named.manifest}: {path.name} is not a {', '.join(_READERS)} file")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{setting}.manifest: {path} cannot be read: {error}") from error
+        raise SettingsError(f"{named.manifest}: {path} cannot be read: {error}") from error
     captions = [name for name in table.column_names if re.fullmatch(r"caption(_\d+)?", name)]
     if "file_name" not in table.column_names or not captions:
         found = ", ".join(table.column_names) or "none"
         raise SettingsError(
-            f"{setting}.manifest: {path} needs the columns file_name and caption (or caption_1 … caption_n); it has {found}"
+            f"{named.manifest}: {path} needs the columns file_name and caption (or caption_1 … caption_n); it has {found}"
         )
     return table
 

@@ -18,13 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ask_ray.config import DataSettings, SettingsError
+from ask_ray.config import DataSettings, SettingsError, UserError
 from ask_ray.data.corpora import Shard, Source, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS, Clip, Rejection
 from ask_ray.storage import Folder, digest_bytes
 
 Progress = Callable[[int, int], None]
+
+
+class PreparingFailed(UserError, RuntimeError):
+    """Preparing that broke off. The message holds the cause and how to go on."""
 
 
 def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -> Corpus:
@@ -37,6 +41,7 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
     Raises:
         SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot.
         StorageError: if `data.prepared` cannot be written.
+        PreparingFailed: if a task fails; what is finished is kept.
     """
     source = source_of(data)
     home = Folder.at(data.prepared)
@@ -45,8 +50,22 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         home.check_writable("data.prepared")
         shards = source.shards()
         _refuse_empty(data, shards, source)
-        _write_manifest(data, folder, source, list(_run(data, source, folder, shards, progress)))
+        try:
+            written = list(_run(data, source, folder, shards, progress))
+        except ray.exceptions.RayError as error:
+            raise PreparingFailed(
+                f"data.prepared: preparing {folder} stopped: {_innermost(error)}. Finished files are kept: once the cause is "
+                "mended, the same command goes on from there"
+            ) from error
+        _write_manifest(data, folder, source, written)
     return Corpus.open(str(folder))
+
+
+def _innermost(error: BaseException) -> str:
+    """The cause of a task's failure in a line."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
 def _fingerprint(data: DataSettings, source: Source) -> str:
@@ -72,7 +91,7 @@ def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]
     written = items.map(
         lambda row: write_shard(*_shard(known, int(row["shard"])), folder),
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=data.prepare_tasks),
+        compute=ray.data.TaskPoolStrategy(size=min(data.prepare_tasks, len(shards))),
     )
     for row in written.iter_rows():
         done += row["clips"] + row["rejected"]
@@ -152,11 +171,11 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
     reasons = Counter(rejection.reason for rejection in early)
     for row in written:
         reasons.update(row.pop("reasons"))
-    rejected, clips = sum(reasons.values()), sum(row["clips"] for row in written)
-    told = f"{rejected} of {rejected + clips} clips were set aside ({dict(reasons)}); see {folder}/rejected"
+    rejected = sum(reasons.values())
+    told = f"{rejected} of {source.recordings()} recordings were set aside ({dict(reasons)}); see {folder}/rejected"
     if not any(row["clips"] for row in written if row["split"] == "train"):
         raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {told}")
-    if rejected > data.max_rejected * (rejected + clips):
+    if rejected > data.max_rejected * source.recordings():
         raise SettingsError(f"data.max_rejected is {data.max_rejected}: {told}; repair them or raise data.max_rejected")
     folder.write_json(
         "manifest.json",

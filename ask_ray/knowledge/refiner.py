@@ -79,7 +79,7 @@ def refresh(
     return snapshot.publish(plan.home, version, entries, rows, paired, built, facts)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=5)
 class Refiner:
     """Runs refreshes and knows the versions of the run's current line."""
 
@@ -87,7 +87,7 @@ class Refiner:
         self._plan = plan
         self._journal = journal
         self._last = max(snapshot.versions(plan.home), default=0)
-        self._line: list[int] = []
+        self._line = snapshot.versions(plan.home)  # what a restart of this actor must not forget
         self._live = 0
         self._pinned: set[int] | None = None
         self._tickets = 0
@@ -194,15 +194,17 @@ class Refiner:
 
     async def _attempt(self, request: _Request, version: int, seconds: float) -> dict[str, Any]:
         self._journal.tell("started", version=version, step=request.step)
-        self._current = refresh.remote(self._plan, version, request.step, request.reason, [request.weights], self._journal)
+        task = refresh.remote(self._plan, version, request.step, request.reason, [request.weights], self._journal)
+        self._current = task
         try:
-            manifest: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(self._current.future()), seconds)
+            manifest: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(task.future()), seconds)
             return manifest
         except TimeoutError:
-            ray.cancel(self._current, force=True)
+            ray.cancel(task, force=True)
             raise
         finally:
-            self._current = None
+            if self._current is task:
+                self._current = None
 
     def _settle(self, request: _Request, version: int | None, outcome: str) -> None:
         self._outcomes[request.ticket] = version
@@ -211,7 +213,10 @@ class Refiner:
     def _prune(self) -> None:
         if self._pinned is not None:
             needed = self._pinned | {version for version in self._line if version >= self._live}
-            snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
+            try:
+                snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
+            except OSError as error:  # storage that is away for now: the next refresh prunes again
+                self._journal.tell("not pruned", problem=str(error))
 
 
 def _told(error: BaseException) -> str:

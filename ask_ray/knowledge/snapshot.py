@@ -161,6 +161,9 @@ def _staging(home: Folder) -> Path:
     local = home.local
     if local is None:
         return Path(tempfile.mkdtemp(prefix="ask_ray-snapshot-"))
+    for name in Folder(str(local)).names():
+        if name.startswith(".staging-"):  # a refresh that was ended left it, and only one runs at a time
+            (Folder(str(local)) / name).delete()
     made = local / f".staging-{uuid.uuid4().hex}"
     made.mkdir(parents=True)
     return made

@@ -121,7 +121,7 @@ def step(
         u, v: (B, d) float32 unit embeddings of the local batch, with gradient.
         scale: scalar 1 / τ.
         ids: (global B,) int64 clip numbers.
-        readings: the knowledge base's answers to the local batch; empty: plain NT-Xent of `u` and `v`.
+        readings: the knowledge base's answers to the local batch; empty before it is in use. Transport needs none.
         queue: the cross-batch memory, if it is in use.
     """
     audio, text, consistency = u, v, None

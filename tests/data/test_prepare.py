@@ -1,6 +1,7 @@
 """Preparing on a real Ray session: every row accounted for, taken up again, the same bytes however it ran."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
+from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings, load
 from ask_ray.data.corpora import Shard
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.prepare import _waveforms, prepare, write_shard
+from ask_ray.data.prepare import PreparingFailed, _waveforms, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes, walk_files
 
@@ -235,7 +236,7 @@ def test_too_many_bad_rows_are_refused_and_repairing_the_limit_is_enough(recordi
         prepare(folder_data(recordings, tmp_path, max_rejected=share - 0.01))
     message = str(refusal.value)
     assert message.startswith("data.max_rejected is ")
-    assert f"{len(BAD)} of {GOOD + len(BAD) + 1} clips" in message
+    assert f"{len(BAD)} of {GOOD + len(BAD) + 1} recordings" in message
     for reason in set(BAD.values()):
         assert reason in message
     (home,) = tmp_path.iterdir()
@@ -304,3 +305,14 @@ def test_a_write_that_fails_leaves_no_shard_that_looks_finished(tmp_path):
         write_shard(Broken(), Shard("train", 0, 0, 4), folder)
     assert list(walk_files(tmp_path)) == []
     assert isinstance(CLIPS, pa.Schema)
+
+
+def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_session, tmp_path):
+    settings = load({"data": {"prepared": str(tmp_path), "soundscapes": {"train": 4, "validation": 0, "test": 0, "seconds": 1}}})
+    made = prepare(settings.data).folder.local
+    (made / "manifest.json").unlink()
+    (made / "shards" / "train-000000.json").unlink()
+    shutil.rmtree(made / "clips")
+    (made / "clips").write_text("")  # a file where a folder must be: no task can write there
+    with pytest.raises(PreparingFailed, match="Finished files are kept"):
+        prepare(settings.data)

@@ -25,9 +25,7 @@ def test_rdm_is_the_mean_kl_divergence(temperature: float):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 20), st.integers(1, 50), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([0.005, 0.07, 1])
-)
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([0.005, 0.07, 1]))
 def test_rdm_is_exactly_zero_after_a_refresh(queries: int, entries: int, width: int, seed: int, temperature: float):
     asked, fresh = unit(queries, width, seed=seed), unit(entries, width, seed=seed + 1)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -50,9 +48,7 @@ def test_rdm_is_positive_and_grows_as_the_encoder_moves_away(seed: int, dtype: t
 
 def test_rdm_falls_as_the_stored_rows_are_corrected():
     stored, fresh = unit(40, 16), unit(40, 16, seed=1)
-    readings = [
-        drift.rdm(fresh, fresh, torch.lerp(stored, fresh, share), 0.07).item() for share in (0, 0.25, 0.5, 0.75, 1)
-    ]
+    readings = [drift.rdm(fresh, fresh, torch.lerp(stored, fresh, share), 0.07).item() for share in (0, 0.25, 0.5, 0.75, 1)]
     assert readings == sorted(readings, reverse=True)
     assert readings[-1] == pytest.approx(0, abs=1e-12)
 

@@ -58,9 +58,7 @@ def test_plain_ntxent_has_none_even_when_knowledge_was_read():
 def test_injection_gives_influence_and_own_weight_one_takes_it_away():
     audio, text = embeddings()
     rows = knowledge()
-    readings = [
-        influence.out_of_batch_influence(injected_loss(audio, text, rows, rho), *rows).item() for rho in (0.2, 0.8, 1.0)
-    ]
+    readings = [influence.out_of_batch_influence(injected_loss(audio, text, rows, rho), *rows).item() for rho in (0.2, 0.8, 1.0)]
     assert readings[0] > readings[1] > 0
     assert readings[2] == 0.0
 

@@ -62,9 +62,7 @@ def test_every_option_together_matches_the_reference():
     potential = reliability.potential(torch.linspace(-1, 1, 7, dtype=torch.float64), 0.5)
     more_text, more_audio = (pairs(7, seed)[0] @ pairs(5, seed)[1].T for seed in (1, 2))
     more_text[2] = more_audio[:, 3] = -math.inf
-    result = objective.contrastive_loss(
-        similarity, scalar(14.0), targets, targets.mT, potential, more_text, more_audio[:, :4]
-    )
+    result = objective.contrastive_loss(similarity, scalar(14.0), targets, targets.mT, potential, more_text, more_audio[:, :4])
     audio_to_text, text_to_audio = reference(
         similarity.numpy(), 14.0, targets.numpy(), more_text.numpy(), more_audio[:, :4].numpy()
     )
@@ -78,9 +76,7 @@ def test_everything_switched_off_is_ntxent():
     audio, text = pairs(8)
     knowledge_audio, knowledge_text = pairs(8, seed=1)
     plain = objective.contrastive_loss(audio @ text.T, scalar(14.0))
-    similarity = objective.similarity(
-        injection.inject(audio, knowledge_audio, 1.0), injection.inject(text, knowledge_text, 1.0)
-    )
+    similarity = objective.similarity(injection.inject(audio, knowledge_audio, 1.0), injection.inject(text, knowledge_text, 1.0))
     targets = transport.soft_targets(transport.transport_plan(similarity, 0.05), 0.0)
     for options in (
         {},
@@ -91,9 +87,7 @@ def test_everything_switched_off_is_ntxent():
         torch.testing.assert_close(objective.contrastive_loss(similarity, scalar(14.0), **options), plain)
 
 
-@pytest.mark.parametrize(
-    ("with_targets", "with_potential", "with_negatives"), itertools.product([False, True], repeat=3)
-)
+@pytest.mark.parametrize(("with_targets", "with_potential", "with_negatives"), itertools.product([False, True], repeat=3))
 def test_gradients_by_finite_differences(with_targets: bool, with_potential: bool, with_negatives: bool):
     audio, text = (tensor.requires_grad_() for tensor in pairs(4))
     scale = scalar(5.0).requires_grad_()

@@ -25,8 +25,7 @@ def consistency_of(audio: Tensor, text: Tensor, by_audio: Tensor, by_text: Tenso
     """c of pairs whose audio retrieved entries ``by_audio`` and whose text retrieved ``by_text``, equally similar."""
     level = torch.zeros(by_audio.shape, dtype=audio.dtype)
     reads = [
-        read_both(rows, ids, level)
-        for rows, ids in [(audio, by_audio), (audio, by_text), (text, by_text), (text, by_audio)]
+        read_both(rows, ids, level) for rows, ids in [(audio, by_audio), (audio, by_text), (text, by_text), (text, by_audio)]
     ]
     return reliability.consistency(*reads)
 

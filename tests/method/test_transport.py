@@ -41,9 +41,7 @@ def assert_optimal(plan: Tensor, similarity: Tensor, epsilon: float, atol: float
 def test_plan_agrees_with_pot(size: int, seed: int, epsilon: float, dtype: torch.dtype):
     similarity = batch(size, seed, width=8, noise=2.0)
     weights = np.full(size, 1 / size)
-    expected = size * ot.sinkhorn(
-        weights, weights, -similarity.numpy(), epsilon, "sinkhorn_log", numItermax=5000, stopThr=1e-12
-    )
+    expected = size * ot.sinkhorn(weights, weights, -similarity.numpy(), epsilon, "sinkhorn_log", numItermax=5000, stopThr=1e-12)
     assert np.abs(expected.sum(0) - 1).max() < 1e-8, "the oracle itself has not converged"
     plan = transport.transport_plan(similarity.to(dtype), epsilon)
     assert plan.dtype == dtype

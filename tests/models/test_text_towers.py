@@ -32,9 +32,7 @@ def bert() -> Bert:
 def folder(tmp_path: Path) -> Path:
     """A published-style BERT of two layers, pooler and all."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     BertModel(config).save_pretrained(tmp_path / "bert")
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
@@ -63,9 +61,7 @@ def test_ids_stay_in_range_and_captions_are_padded_and_cut() -> None:
 def test_every_process_gives_a_word_the_same_id() -> None:
     code = "from ask_ray.models.text_towers import HashedWords; print(HashedWords(8192, 9).ids('a dog barks öfter'))"
     seed = str(1 + int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")))
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
     assert json.loads(run.stdout) == HashedWords(8192, 9).ids("a dog barks öfter")
     # A checkpoint keeps no vocabulary: were this to change, its embeddings would belong to other words.
     assert HashedWords(8192, 9).ids("a dog barks") == [1, 2729, 3267, 4584]
