@@ -308,7 +308,7 @@ def test_a_write_that_fails_leaves_no_shard_that_looks_finished(tmp_path):
 
 
 def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_session, tmp_path):
-    settings = load({"data": {"prepared": str(tmp_path), "soundscapes": {"train": 4, "validation": 0, "test": 0, "seconds": 1}}})
+    settings = load({"data": {"prepared": str(tmp_path), "soundscapes": {"train": 4, "validation": 0, "test": 1, "seconds": 1}}})
     made = prepare(settings.data).folder.local
     (made / "manifest.json").unlink()
     (made / "shards" / "train-000000.json").unlink()
