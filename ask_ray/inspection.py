@@ -25,6 +25,9 @@ from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.trainer import RunPlace
 
+#: A query that ends like this is meant as a file.
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+
 
 @dataclass(frozen=True)
 class OpenedRun:
@@ -90,11 +93,13 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         (cosine similarity, clip id, caption) by falling similarity.
     """
     console = console or Console()
-    opened = OpenedRun.at(run or _newest_run(storage))
-    known = opened.knowledge()
     path = Path(query).expanduser()
     by_audio = path.is_file()
-    with torch.inference_mode():
+    if not by_audio and path.suffix.lower() in AUDIO_ENDINGS:
+        raise SettingsError(f"query: {path} is not there; give the path of an audio file, or a text")
+    with console.status("Opening the run"), torch.inference_mode():
+        opened = OpenedRun.at(run or _newest_run(storage))
+        known = opened.knowledge()
         vector = _heard(path, opened) if by_audio else opened.model.encode_text(*opened.model.tokenise([query]))
     index = known.text_index if by_audio else known.audio_index
     found = _ranked(index.search(vector.numpy(), min(len(known.entries.ids), top * known.entries.most_per_clip)), known, top)

@@ -125,7 +125,8 @@ def curves(events: Events, result: dict[str, Any]) -> Figure | None:
     _plot(left, epochs, "loss_t2a", "text → audio", GREEN)
     _finished(left, "Loss", "nats")
     for way, name, colour in (("t2a", "text → audio", GREEN), ("a2t", "audio → text", ORANGE)):
-        _plot(right, epochs, f"{way}_r1", f"{name}, validation", colour, "o")
+        clips = next((event[f"{way}_n"] for event in epochs if f"{way}_n" in event), 0)
+        _plot(right, epochs, f"{way}_r1", f"{name}, validation (N = {clips})", colour, "o")
         of = result.get("final", {}).get(way)
         if of:
             right.plot(epochs[-1]["step"], of["r1"], "*", color=colour, markersize=13, label=f"{name}, test (N = {of['n']})")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,10 +163,3 @@ def digest_file(path: Path) -> str:
         while piece := stream.read(1 << 22):
             state.update(piece)
     return state.hexdigest()
-
-
-def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below a local folder, sorted by path."""
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        yield from (Path(folder) / name for name in sorted(files))

@@ -198,6 +198,16 @@ def test_search_with_a_recording_ranks_captions(sync_run: dict, write_audio, tmp
     assert all(caption for _, _, caption in found)
 
 
+def test_search_for_a_recording_that_is_not_there_says_so(sync_run: dict) -> None:
+    with pytest.raises(SettingsError, match="is not there"):
+        inspection.search("/nowhere/dog.wav", sync_run["folder"], "", 3, quiet())
+
+
+def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="not a run"):
+        inspection.evaluate(str(tmp_path), None, "test", None, quiet())
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -14,7 +14,6 @@ from ray.train.torch import TorchTrainer
 from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
-from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.models import registry
 from ask_ray.storage import Folder
@@ -144,11 +143,6 @@ def _cause(error: BaseException) -> str:
         rank, failure = next(iter(failures.items()))
         return f"training failed on rank {rank}: {str(failure).strip().splitlines()[-1]}"
     return f"training failed: {str(error).strip().splitlines()[-1]}"
-
-
-def kept_versions(place: RunPlace) -> list[int]:
-    """The knowledge-base versions that the run still keeps."""
-    return snapshot.versions(place.knowledge)
 
 
 def final_facts(result: Result) -> dict[str, Any]:

@@ -114,15 +114,10 @@ class Worker:
         self.place = Place(0, 0, 0, plan.corpus)
         self.replica = self._replica()
 
-    @property
-    def _asks(self) -> bool:
-        return self.settings.ask.enabled
-
     def _replica(self) -> Replica | None:
-        if not self._asks:
-            return None
         plan = self.plan
-        assert plan.refiner is not None
+        if plan.refiner is None:
+            return None
         return Replica(plan.refiner, plan.home, plan.run, self.settings.model.dim, self.device, plan.journal, self.rank)
 
     # --- the run ---
@@ -266,7 +261,7 @@ class Worker:
             metrics["lag_steps"] = self.place.step - self.replica.current.encoder_step
         if training.evaluate_every and epoch % training.evaluate_every == 0 and self.corpus.clips("validation"):
             figures = self._evaluate("validation", with_injection=False)["final"]
-            metrics |= {f"{way}_{name}": value for way, of in figures.items() for name, value in of.items() if name != "n"}
+            metrics |= {f"{way}_{name}": value for way, of in figures.items() for name, value in of.items()}
         last = epoch == training.epochs
         states = gather_objects(checkpoint.random_state())
         with self._checkpoint(states, last or epoch % training.checkpoint_every == 0) as saved:

@@ -15,7 +15,13 @@ from ask_ray.data.corpora import Shard
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import PreparingFailed, _waveforms, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
-from ask_ray.storage import Folder, StorageError, digest_bytes, walk_files
+from ask_ray.storage import Folder, StorageError, digest_bytes
+
+
+def walk_files(root: Path) -> list[Path]:
+    """Every file below a folder, sorted."""
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
