@@ -130,7 +130,7 @@ def step(
         reads = read_knowledge(u, v, readings, ask)
         audio, text = injection.inject(u, reads.audio, ask.rho), injection.inject(v, reads.text, ask.rho)
         consistency = gather(reads.consistency.detach())
-        extra = _knowledge_negatives(audio, text, readings, ask)
+        extra = _knowledge_negatives(u, v, readings, ask)
     audio, text = gather(audio), gather(text)
     if queue is not None and queue.ids is not None:
         extra = _queue_negatives(audio, text, ids, queue)
@@ -140,13 +140,16 @@ def step(
     return Step(loss.loss, *means, agreement, gather(u.detach()), gather(v.detach()))
 
 
-def _knowledge_negatives(audio: Tensor, text: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
-    """Similarities to the other-modality rows of each pair's own neighbours, gathered: (global B, K) each."""
+def _knowledge_negatives(u: Tensor, v: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
+    """Similarities of each pair's own embeddings to its neighbours' other-modality rows, gathered: (global B, K) each.
+
+    Own, not injected: injection mixes those very neighbours in, and the two terms would pull against each other.
+    """
     if ask.negatives != "knowledge":
         return None, None
     fine = readings["fine"]
-    by_audio = negatives.knowledge_negatives(audio, fine.text[fine.by_audio.rows], fine.by_audio.valid)
-    by_text = negatives.knowledge_negatives(text, fine.audio[fine.by_text.rows], fine.by_text.valid)
+    by_audio = negatives.knowledge_negatives(u, fine.text[fine.by_audio.rows], fine.by_audio.valid)
+    by_text = negatives.knowledge_negatives(v, fine.audio[fine.by_text.rows], fine.by_text.valid)
     return gather(by_audio), gather(by_text)
 
 
