@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ask_ray.config import DataSettings, SettingsError
+from ask_ray.config import DataSettings
 from ask_ray.data.corpus import ClipRows, Corpus, Group
 from ask_ray.data.schema import id_number
 
@@ -94,18 +94,6 @@ class TrainingBatches:
     def steps(self) -> int:
         """Steps of an epoch, the same for every rank."""
         return self.corpus.clips("train") // self.workers // self.batch_size
-
-    def check(self) -> None:
-        """Refuse a batch that the training split cannot fill.
-
-        Raises:
-            SettingsError
-        """
-        if self.steps == 0:
-            raise SettingsError(
-                f"training.batch_size: {self.workers} workers x {self.batch_size} pairs are more than the "
-                f"{self.corpus.clips('train')} clips of the training split: lower training.batch_size or training.workers"
-            )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The epoch's batches from step `first` on."""

@@ -54,29 +54,37 @@ def encode_rows(model: DualEncoder, rows: ClipRows, plan: EncodingPlan, rate: in
     limit = round(plan.max_seconds * rate)
     pairs = [(row, which) for row in range(len(rows)) for which in range(min(plan.captions_per_clip, len(rows.captions[row])))]
     captions = [rows.captions[row][which] for row, which in pairs]
-    size = plan.pool.batch_size
-    with torch.inference_mode():
-        audio = [
-            model.encode_audio(*(x.to(device) for x in pad([crop(rows.waveform(row), limit) for row in chunk])))
-            for chunk in _chunks(range(len(rows)), size)
-        ]
-        text = [
-            model.encode_text(*(x.to(device) for x in model.tokenise(captions[chunk[0] : chunk[-1] + 1])))
-            for chunk in _chunks(range(len(captions)), size)
-        ]
+    audio, text = encode_batches(model, rows, captions, limit, plan.pool.batch_size, device)
     clips = np.array([row for row, _ in pairs], dtype=np.int64)
     return {
         "id": [rows.ids[row] for row in clips],
         "number": np.array([id_number(rows.ids[row]) for row in clips], dtype=np.int64),
         "caption": captions,
         "which": np.array([which for _, which in pairs], dtype=np.int64),
-        "audio": torch.cat(audio).float().cpu().numpy()[clips],
-        "text": torch.cat(text).float().cpu().numpy(),
+        "audio": audio[clips],
+        "text": text,
     }
 
 
-def _chunks(rows: range, size: int) -> list[range]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def encode_batches(
+    model: DualEncoder, rows: ClipRows, captions: list[str], limit: int, size: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every clip of a row group, cropped to `limit` samples, and some captions, in batches of `size`.
+
+    Returns:
+        (clips, d) and (captions, d) float32.
+    """
+    waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
+    with torch.inference_mode():
+        audio = [
+            model.encode_audio(*(x.to(device) for x in pad(waveforms[start : start + size])))
+            for start in range(0, len(waveforms), size)
+        ]
+        text = [
+            model.encode_text(*(x.to(device) for x in model.tokenise(captions[start : start + size])))
+            for start in range(0, len(captions), size)
+        ]
+    return torch.cat(audio).cpu().numpy(), torch.cat(text).cpu().numpy()
 
 
 class Encoder:

@@ -120,7 +120,8 @@ def _excluded(ids: Tensor, all_ids: Tensor, ask: AskSettings) -> np.ndarray:
         return own[:, :0]
     if ask.exclude == "self":
         return own
-    return np.broadcast_to(np.unique(all_ids.cpu().numpy())[None], (len(own), len(np.unique(all_ids.cpu().numpy()))))
+    every = np.unique(all_ids.cpu().numpy())
+    return np.broadcast_to(every, (len(own), len(every)))
 
 
 class Replica:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ask_ray.config import AskSettings, Settings
-from ask_ray.data.batches import crop, pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import id_number
+from ask_ray.knowledge.encoding import encode_batches
 from ask_ray.knowledge.replica import Knowledge
 from ask_ray.method import injection
 from ask_ray.models.dual_encoder import DualEncoder
@@ -45,23 +45,12 @@ def encode_split(
     limit = round(settings.data.max_seconds * corpus.sample_rate)
     size = settings.knowledge.pool.batch_size
     parts = []
-    with torch.inference_mode():
-        for unit, group in enumerate(corpus.groups(split)):
-            if unit % world_size() != rank:
-                continue
+    for unit, group in enumerate(corpus.groups(split)):
+        if unit % world_size() == rank:
             rows = corpus.read(group)
-            waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
             captions = [caption for of_clip in rows.captions for caption in of_clip]
-            audio = [
-                model.encode_audio(*(x.to(device) for x in pad(waveforms[start : start + size])))
-                for start in range(0, len(waveforms), size)
-            ]
-            text = [
-                model.encode_text(*(x.to(device) for x in model.tokenise(captions[start : start + size])))
-                for start in range(0, len(captions), size)
-            ]
-            counts = [len(of_clip) for of_clip in rows.captions]
-            parts.append((unit, rows.ids, captions, torch.cat(audio).cpu().numpy(), torch.cat(text).cpu().numpy(), counts))
+            audio, text = encode_batches(model, rows, captions, limit, size, device)
+            parts.append((unit, rows.ids, captions, audio, text, [len(of_clip) for of_clip in rows.captions]))
     model.train(training)
     return _joined([part for of_rank in gather_objects(parts) for part in of_rank], device)
 
