@@ -161,14 +161,37 @@ class AskSettings(Section):
 class RefreshSettings(Section):
     """When the knowledge base is re-encoded, and whether training waits for it."""
 
-    policy: Literal["static", "fixed"] = Field("fixed", description="build once, or re-encode every `interval` epochs")
-    interval: Positive = Field(3.0, description="T, epochs between refreshes; fractions are allowed")
+    policy: Literal["static", "fixed", "adaptive", "continuous"] = Field(
+        "fixed",
+        description="static: build once; fixed: every `interval`; adaptive: when drift passes `threshold`; continuous: the "
+        "next starts when the last is in",
+    )
+    unit: Literal["epochs", "steps"] = Field("epochs", description="unit of `interval`, `min_interval` and `max_interval`")
+    interval: Positive = Field(3.0, description="T, between the refreshes of policy fixed; fractions of an epoch are allowed")
+    threshold: Positive = Field(0.3, description="RDM in nats, the mean of both modalities, that makes policy adaptive refresh")
+    signal: Literal["batch", "probe"] = Field(
+        "batch",
+        description="what policy adaptive reads: the batch's own entries (free, needs the training split as a source), or a "
+        "probe of `knowledge.drift_probe` stored entries of all sources, encoded anew",
+    )
+    probe_steps: Count = Field(50, description="steps between the readings of signal probe")
+    min_interval: Positive = Field(0.5, description="policies adaptive and continuous never refresh sooner than this")
+    max_interval: Positive = Field(6.0, description="policy adaptive refreshes after this, whatever the drift")
     mode: Literal["async", "sync"] = Field("async", description="train on while a refresh runs, or wait for it")
     warmup_epochs: float = Field(4.0, ge=0, description="epochs before the first knowledge base is built and used")
-    poll_steps: Count = Field(4, description="workers agree on the version to use every this many steps")
+    poll_steps: Count = Field(4, description="every this many steps workers agree on the version, and the policy decides")
     attempts: Count = Field(3, description="a refresh that fails is tried this often in all")
     backoff_seconds: float = Field(1.0, ge=0, description="pause before the second try; doubled for each one after")
     timeout_seconds: Positive = Field(3600.0, description="a refresh that takes longer counts as failed")
+
+
+class CorrectionSettings(Section):
+    """Cheap corrections of stored entries between refreshes. With either, each worker keeps a copy of its own in memory."""
+
+    write_back: bool = Field(False, description="the step's own embeddings, from all workers, overwrite their entries")
+    drift_map: bool = Field(False, description="a linear map from stored to fresh rows is applied to all entries")
+    map_interval: Positive = Field(0.5, description="epochs between drift maps; each is fitted to the pairs seen since the last")
+    ridge: Positive = Field(0.1, description="pull of the drift map toward a rotation")
 
 
 class PoolSettings(Section):
@@ -193,6 +216,7 @@ class KnowledgeSettings(Section):
     drift_probe: Natural = Field(128, description="entries re-encoded once an epoch to measure drift; 0 switches it off")
     keep: Count = Field(3, description="newest versions kept; versions that a kept checkpoint names are never removed")
     refresh: RefreshSettings = RefreshSettings()
+    corrections: CorrectionSettings = CorrectionSettings()
     pool: PoolSettings = PoolSettings()
 
 
@@ -253,6 +277,14 @@ class Settings(Section):
             raise ValueError("data.corpus=folder needs data.folder.path: the folder that holds the recordings")
         if data.folder.validation + data.folder.test >= 1:
             raise ValueError("data.folder.validation and data.folder.test leave nothing to train on: lower them")
+        refresh = self.knowledge.refresh
+        if refresh.policy == "adaptive" and refresh.min_interval >= refresh.max_interval:
+            raise ValueError(
+                f"knowledge.refresh.threshold can never fire: min_interval {refresh.min_interval:g} is not below max_interval "
+                f"{refresh.max_interval:g}; widen them, or use policy fixed"
+            )
+        if refresh.policy == "adaptive" and refresh.signal == "probe" and self.knowledge.drift_probe == 0:
+            raise ValueError("knowledge.refresh.signal=probe needs entries to probe: set knowledge.drift_probe above 0")
         if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
             raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")
         return self

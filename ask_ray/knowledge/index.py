@@ -87,6 +87,74 @@ def open_mapped(path: Path, device: int | None = None) -> faiss.Index:
     return index
 
 
+def open_mutable(path: Path) -> faiss.Index:
+    """Open an index from a local file in memory of its own, on the CPU, for :func:`update` and :func:`remap`."""
+    index = faiss.read_index(str(path))
+    if isinstance(index, faiss.IndexIVF):
+        index.make_direct_map()  # from an entry to its place in the lists: FAISS does not keep one in the file by itself
+    return index
+
+
+def update(index: Any, entries: np.ndarray, rows: np.ndarray) -> None:
+    """Overwrite rows of an index from :func:`open_mutable`; with inverted lists they move to the list they now belong to.
+
+    Args:
+        entries: (n,) int64; of an entry that comes twice, the last row is kept. n may be 0.
+        rows: (n, d) float32.
+
+    Raises:
+        ValueError: an entry that the index does not have, or rows that are not finite. Nothing has changed then.
+    """
+    if not len(entries):
+        return
+    if entries.min() < 0 or entries.max() >= index.ntotal:
+        raise ValueError(f"entries must be in [0, {index.ntotal}), got {entries.min()} to {entries.max()}")
+    _check_finite(rows)
+    if isinstance(index, faiss.IndexIVF):
+        index.update_vectors(entries, rows)
+    else:
+        _vectors(index)[entries] = rows
+
+
+def remap(index: Any, matrix: np.ndarray, rows: np.ndarray) -> None:
+    """Make an index from :func:`open_mutable` hold all of `rows`, which a linear map made of those it held.
+
+    Inverted lists keep their entries, and their centroids go the way of the rows: neither k-means nor a search of the list of
+    each entry is needed, and a map near a rotation hardly changes which centroid is nearest.
+
+    Args:
+        matrix: (d, d) float32, the map, applied as ``rows @ matrix``.
+        rows: (N, d) float32, the mapped rows, normalised.
+
+    Raises:
+        ValueError: a shape that does not fit, or a matrix or rows that are not finite. Nothing has changed then.
+    """
+    if rows.shape != (index.ntotal, index.d) or matrix.shape != (index.d, index.d):
+        raise ValueError(f"rows {rows.shape} and matrix {matrix.shape} do not fit an index of {index.ntotal} rows of {index.d}")
+    _check_finite(matrix)
+    _check_finite(rows)
+    if not isinstance(index, faiss.IndexIVF):
+        _vectors(index)[:] = rows
+        return
+    centroids = _vectors(faiss.downcast_index(index.quantizer))
+    centroids[:] = centroids @ matrix
+    faiss.normalize_L2(centroids)
+    rows, lists = np.ascontiguousarray(rows), faiss.vector_to_array(index.direct_map.array) >> 32  # (list << 32) | offset
+    index.reset()
+    index.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(lists))
+
+
+def _vectors(index: faiss.IndexFlat) -> np.ndarray:
+    """(N, d) float32: the memory of a flat index."""
+    return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+
+
+def _check_finite(rows: np.ndarray) -> None:
+    """FAISS ends the process when a row for inverted lists is NaN."""
+    if not np.isfinite(rows).all():
+        raise ValueError("rows must be finite; look for the step at which training diverged")
+
+
 def retrieve(
     index: faiss.Index, queries: np.ndarray, k: int, numbers: np.ndarray, excluded: np.ndarray, most_per_clip: int
 ) -> Neighbours:

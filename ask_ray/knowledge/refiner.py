@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import ray
+import torch
+from torch import Tensor
 
 from ask_ray.config import KnowledgeSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
-from ask_ray.knowledge.encoding import EncodingPlan, encode
+from ask_ray.knowledge.encoding import EncodingError, EncodingPlan, encode
 from ask_ray.knowledge.snapshot import Embeddings
 from ask_ray.storage import Folder
+
+#: Beside the versions: where the run's current line of versions begins.
+LINE = "line.json"
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,40 @@ class RefreshPlan:
 
 
 @dataclass(frozen=True)
-class _Request:
-    ticket: int
+class Request:
+    """What a worker asks for. ticket: its own name for the request; step: of the weights; reason: why it was asked for."""
+
+    ticket: str
     step: int
     reason: str
-    weights: ray.ObjectRef
+
+
+class Outcome(NamedTuple):
+    """What became of a request: not `known` (a restart of the refiner lost it), or `over`, with its version if it gave one."""
+
+    known: bool
+    over: bool
+    version: int | None
+
+
+class UnusableWeights(EncodingError):
+    """Weights that give no embeddings: trying again would not help."""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def refresh(
-    plan: RefreshPlan, version: int, step: int, reason: str, weights: list[ray.ObjectRef], journal: Journal
-) -> dict[str, Any]:
+def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray.ObjectRef], journal: Journal) -> dict[str, Any]:
     """Encode the source with `weights[0]`, build prototypes and indexes, publish the version.
 
     Returns:
         the manifest.
+
+    Raises:
+        UnusableWeights: if the weights are not finite.
+        EncodingError: if rows cannot be trusted.
+        StorageError: if the version cannot be written.
     """
     started = time.time()
+    check_finite(ray.get(weights[0]), request.step)
     told = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -69,8 +91,8 @@ def refresh(
     built = (index.build(rows.audio, *limits), index.build(rows.text, *limits))
     facts = {
         "run": plan.run,
-        "encoder_step": step,
-        "reason": reason,
+        "encoder_step": request.step,
+        "reason": request.reason,
         "sources": {plan.encoding.corpus: len(entries.ids)},
         "started": started,
         "encode_seconds": encoded - started,
@@ -79,55 +101,76 @@ def refresh(
     return snapshot.publish(plan.home, version, entries, rows, paired, built, facts)
 
 
+def check_finite(weights: dict[str, Tensor], step: int) -> None:
+    """Refuse weights with NaN or infinite values.
+
+    Raises:
+        UnusableWeights: naming the first such tensor.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UnusableWeights(f"the weights of step {step} are not finite ({name}): the version in use stays")
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=5)
 class Refiner:
-    """Runs refreshes and knows the versions of the run's current line."""
+    """Runs refreshes and knows the versions of the run's current line: those that its steps can still swap in.
+
+    A restarted refiner knows the line again from storage; requests that died with it are asked again by their worker.
+    """
 
     def __init__(self, plan: RefreshPlan, journal: Journal) -> None:
         self._plan = plan
         self._journal = journal
-        self._last = max(snapshot.versions(plan.home), default=0)
-        self._line = snapshot.versions(plan.home)  # what a restart of this actor must not forget
+        there = snapshot.versions(plan.home)
+        self._last = max(there, default=0)
+        self._line = _known_line(plan.home, there)
         self._live = 0
         self._pinned: set[int] | None = None
-        self._tickets = 0
-        self._outcomes: dict[int, int | None] = {0: None}
-        self._pending: _Request | None = None
+        self._outcomes: dict[str, Outcome] = {}
+        self._pending: tuple[Request, ray.ObjectRef] | None = None
+        self._newest: tuple[Request, ray.ObjectRef] | None = None
+        self._refusals = 0
         self._current: ray.ObjectRef | None = None
         self._worker: asyncio.Task[None] | None = None
 
     async def start_from(self, version: int) -> None:
         """Begin (again) at a version, 0 for none: later ones belong to steps that a restart took back."""
+        self._give_up()
         self._line = [version] if version else []
         self._live = version
-        self._give_up()
+        try:
+            self._plan.home.write_json(LINE, {"from": version, "after": self._last})
+        except OSError as error:  # only a restart of this actor would miss it
+            self._journal.tell("not written", file=LINE, problem=str(error))
 
-    async def request(self, step: int, reason: str, weights: list[ray.ObjectRef], only_if_idle: bool = False) -> int:
-        """Ask for a refresh with these weights (a reference in a list) and go on. An older request still waiting yields.
+    async def request(self, request: Request, weights: list[ray.ObjectRef], urgent: bool = False) -> None:
+        """Ask for a refresh with these weights (a reference in a list) and go on. Asking twice with a ticket is asking once.
 
-        Args:
-            only_if_idle: do nothing if a refresh is under way.
-
-        Returns:
-            a ticket for :meth:`settled`; 0 if nothing was done.
+        An older request still waiting yields. An urgent one also ends a refresh that is under way.
         """
-        if only_if_idle and self._worker is not None and not self._worker.done():
-            return 0
-        self._tickets += 1
+        if request.ticket in self._outcomes:
+            return
+        if urgent:
+            self._give_up()
+        self._journal.tell("requested", ticket=request.ticket, step=request.step, reason=request.reason)
+        self._take(request, weights[0])
+
+    def _take(self, request: Request, weights: ray.ObjectRef) -> None:
         if self._pending is not None:
-            self._settle(self._pending, None, "superseded by newer weights")
-        self._pending = _Request(self._tickets, step, reason, weights[0])
-        self._journal.tell("requested", ticket=self._tickets, step=step, reason=reason)
+            self._settle(self._pending[0], None, "superseded by newer weights")
+        self._outcomes[request.ticket] = Outcome(known=True, over=False, version=None)
+        self._pending = (request, weights)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return self._tickets
 
-    async def settled(self, ticket: int, wait_seconds: float) -> tuple[bool, int | None]:
-        """Whether a request is over, and the version it gave; waits a while. A ticket that a restart lost is over."""
+    async def outcome(self, ticket: str, wait_seconds: float) -> Outcome:
+        """What became of a request; waits a while for its end."""
+        unknown = Outcome(known=False, over=True, version=None)
         end = time.monotonic() + wait_seconds
-        while ticket <= self._tickets and ticket not in self._outcomes and time.monotonic() < end:
+        while not (found := self._outcomes.get(ticket, unknown)).over and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        return ticket > self._tickets or ticket in self._outcomes, self._outcomes.get(ticket)
+        return found
 
     async def next_after(self, version: int, wait_seconds: float) -> int | None:
         """The first version of the line after `version`; waits a while for one."""
@@ -140,18 +183,25 @@ class Refiner:
         """Training now uses `version`."""
         self._live = version
 
+    async def refused(self, version: int) -> None:
+        """A worker could not use `version`: it leaves the line, and is made again if it is the newest."""
+        if version not in self._line or version == self._live:
+            return
+        newest = version == self._line[-1]
+        self._line.remove(version)
+        if newest and self._newest and self._pending is None and self._refusals + 1 < self._plan.knowledge.refresh.attempts:
+            self._refusals += 1
+            request, weights = self._newest
+            self._take(replace(request, reason=f"v{version} was refused"), weights)
+
     async def pin(self, versions: list[int]) -> None:
         """The versions that kept checkpoints name; nothing is pruned before the first call."""
         self._pinned = set(versions)
         self._prune()
 
-    async def stop(self) -> None:
-        """Give up what is under way."""
-        self._give_up()
-
     def _give_up(self) -> None:
         if self._pending is not None:
-            self._settle(self._pending, None, "given up")
+            self._settle(self._pending[0], None, "given up")
             self._pending = None
         if self._worker is not None:
             self._worker.cancel()
@@ -162,39 +212,47 @@ class Refiner:
 
     async def _work(self) -> None:
         while self._pending is not None:
-            request, self._pending = self._pending, None
+            (request, weights), self._pending = self._pending, None
             try:
-                await self._run(request)
+                await self._run(request, weights)
             except asyncio.CancelledError:
                 self._settle(request, None, "given up")
                 raise
 
-    async def _run(self, request: _Request) -> None:
+    async def _run(self, request: Request, weights: ray.ObjectRef) -> None:
         """Try a request as often as the settings allow."""
         refresh_settings = self._plan.knowledge.refresh
         pause, problem = refresh_settings.backoff_seconds, ""
         for attempt in range(1, refresh_settings.attempts + 1):
             self._last += 1
             try:
-                manifest = await self._attempt(request, self._last, refresh_settings.timeout_seconds)
+                manifest = await self._attempt(request, weights, self._last, refresh_settings.timeout_seconds)
             except (TimeoutError, Exception) as error:
                 problem = _told(error)
                 self._journal.tell("failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
+                if isinstance(getattr(error, "cause", None), UnusableWeights):
+                    break
                 if attempt < refresh_settings.attempts:
                     await asyncio.sleep(pause)
                     pause *= 2
                 continue
-            self._line.append(manifest["version"])
-            self._settle(request, manifest["version"], "published")
-            facts = {name: value for name, value in manifest.items() if name not in ("files", "run", "digest")}
-            self._journal.tell("published", **facts)
-            self._prune()
+            self._published(request, weights, manifest)
             return
-        self._settle(request, None, f"failed {refresh_settings.attempts} times, the last time: {problem}")
+        self._settle(request, None, f"failed, the last time: {problem}")
 
-    async def _attempt(self, request: _Request, version: int, seconds: float) -> dict[str, Any]:
+    def _published(self, request: Request, weights: ray.ObjectRef, manifest: dict[str, Any]) -> None:
+        if self._newest is None or self._newest[0].ticket != request.ticket:
+            self._refusals = 0
+        self._newest = (request, weights)
+        self._line.append(manifest["version"])
+        facts = {name: value for name, value in manifest.items() if name not in ("files", "run", "digest")}
+        self._journal.tell("published", **facts)
+        self._settle(request, manifest["version"], "published")
+        self._prune()
+
+    async def _attempt(self, request: Request, weights: ray.ObjectRef, version: int, seconds: float) -> dict[str, Any]:
         self._journal.tell("started", version=version, step=request.step)
-        task = refresh.remote(self._plan, version, request.step, request.reason, [request.weights], self._journal)
+        task = refresh.remote(self._plan, version, request, [weights], self._journal)
         self._current = task
         try:
             manifest: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(task.future()), seconds)
@@ -206,8 +264,8 @@ class Refiner:
             if self._current is task:
                 self._current = None
 
-    def _settle(self, request: _Request, version: int | None, outcome: str) -> None:
-        self._outcomes[request.ticket] = version
+    def _settle(self, request: Request, version: int | None, outcome: str) -> None:
+        self._outcomes[request.ticket] = Outcome(known=True, over=True, version=version)
         self._journal.tell("settled", ticket=request.ticket, step=request.step, version=version, outcome=outcome)
 
     def _prune(self) -> None:
@@ -217,6 +275,14 @@ class Refiner:
                 snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
             except OSError as error:  # storage that is away for now: the next refresh prunes again
                 self._journal.tell("not pruned", problem=str(error))
+
+
+def _known_line(home: Folder, there: list[int]) -> list[int]:
+    """The line as the last :meth:`Refiner.start_from` left it, with the versions published since."""
+    if not home.exists(LINE):
+        return []
+    told = home.read_json(LINE)
+    return [version for version in there if version == told["from"] or version > told["after"]]
 
 
 def _told(error: BaseException) -> str:

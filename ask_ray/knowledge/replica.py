@@ -16,8 +16,13 @@ from torch import Tensor
 from ask_ray.config import AskSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge.index import retrieve
-from ask_ray.knowledge.snapshot import Entries, Snapshot, SnapshotError, open_snapshot
+from ask_ray.knowledge.overlay import Overlay
+from ask_ray.knowledge.requests import AWAY
+from ask_ray.knowledge.snapshot import Embeddings, Entries, Snapshot, SnapshotError, open_snapshot
 from ask_ray.storage import Folder
+
+#: Seconds between tries to read a version from storage that is away.
+LONGEST_PAUSE = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,23 @@ class Reading:
 
 
 class Knowledge:
-    """A snapshot ready to be read on a device."""
+    """A snapshot ready to be read on a device.
 
-    def __init__(self, snapshot: Snapshot, device: torch.device) -> None:
+    overlay: its corrected rows and indexes, on the CPU, where the settings ask for corrections.
+    """
+
+    def __init__(self, snapshot: Snapshot, device: torch.device, overlay: Overlay | None = None) -> None:
         self.version = snapshot.version
         self.encoder_step = int(snapshot.manifest["encoder_step"])
         self.entries: Entries = snapshot.entries
         self._snapshot = snapshot
         self._device = device
-        self._audio, self._text, self._prototypes_audio, self._prototypes_text = (
-            torch.from_numpy(array).to(device)
-            for array in (snapshot.audio, snapshot.text, snapshot.prototypes_audio, snapshot.prototypes_text)
-        )
+        self.overlay = overlay
+        if overlay is None:
+            self._audio, self._text, self._prototypes_audio, self._prototypes_text = (
+                torch.from_numpy(array).to(device)
+                for array in (snapshot.audio, snapshot.text, snapshot.prototypes_audio, snapshot.prototypes_text)
+            )
         self._order = np.argsort(self.entries.numbers, kind="stable")
         self._sorted = self.entries.numbers[self._order]
 
@@ -64,7 +74,16 @@ class Knowledge:
 
     def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """Stored audio and text rows, (n, d) float32 each, of entries (n,) int64."""
+        if self.overlay is not None:
+            there = entry.cpu()
+            return self.overlay.audio[there].to(self._device), self.overlay.text[there].to(self._device)
         return self._audio[entry], self._text[entry]
+
+    def prototypes(self) -> tuple[Tensor, Tensor]:
+        """Paired audio and text prototypes, (Nc, d) float32 each; Nc may be 0."""
+        if self.overlay is not None:
+            return self.overlay.prototypes_audio.to(self._device), self.overlay.prototypes_text.to(self._device)
+        return self._prototypes_audio, self._prototypes_text
 
     def locate(self, numbers: Tensor, which: Tensor) -> Tensor:
         """The entries of (clip number, caption) pairs, both (n,) int64: (n,) int64, -1 where the base has none."""
@@ -87,14 +106,16 @@ class Knowledge:
         made = {}
         if ask.fine:
             made["fine"] = self._fine(audio, text, _excluded(ids, all_ids, ask), ask.neighbours)
-        if ask.coarse and len(self._prototypes_audio):
-            made["coarse"] = self._coarse(audio, text, ask.neighbours)
+        tables = self.prototypes()
+        if ask.coarse and len(tables[0]):
+            made["coarse"] = self._coarse(audio, text, tables, ask.neighbours)
         return made
 
     def _fine(self, audio: Tensor, text: Tensor, excluded: np.ndarray, k: int) -> Reading:
+        held = self.overlay or self._snapshot
         found = [
             retrieve(index, query.cpu().numpy(), k, self.entries.numbers, excluded, self.entries.most_per_clip).entry
-            for index, query in ((self._snapshot.audio_index, audio), (self._snapshot.text_index, text))
+            for index, query in ((held.audio_index, audio), (held.text_index, text))
         ]
         unique, inverse = np.unique(np.stack(found), return_inverse=True)
         table = torch.from_numpy(np.maximum(unique, 0)).to(self._device)
@@ -104,8 +125,7 @@ class Knowledge:
         stored = self.rows(table)
         return Reading(Neighbourhood(places[0], valid[0]), Neighbourhood(places[1], valid[1]), *stored, numbers)
 
-    def _coarse(self, audio: Tensor, text: Tensor, k: int) -> Reading:
-        tables = self._prototypes_audio, self._prototypes_text
+    def _coarse(self, audio: Tensor, text: Tensor, tables: tuple[Tensor, Tensor], k: int) -> Reading:
         k = min(k, len(tables[0]))
         found = [(query.detach() @ table.T).topk(k, dim=1).indices for query, table in zip((audio, text), tables, strict=True)]
         every = torch.ones_like(found[0], dtype=torch.bool)
@@ -124,6 +144,16 @@ def _excluded(ids: Tensor, all_ids: Tensor, ask: AskSettings) -> np.ndarray:
     return np.broadcast_to(every, (len(own), len(every)))
 
 
+def overlay_of(opened: Snapshot) -> Overlay:
+    """A version's rows and indexes, opened mutable, ready to be corrected."""
+    return Overlay(
+        Embeddings(opened.audio, opened.text),
+        Embeddings(opened.prototypes_audio, opened.prototypes_text),
+        (opened.audio_index, opened.text_index),
+        int(opened.manifest["encoder_step"]),
+    )
+
+
 class Replica:
     """The versions a worker has loaded. A background thread opens and verifies new ones in the order of their numbers."""
 
@@ -136,7 +166,10 @@ class Replica:
         device: torch.device,
         journal: Journal,
         rank: int,
+        corrected: bool = False,
     ) -> None:
+        """`corrected` keeps an :class:`Overlay` of every version, for corrections between refreshes."""
+        self._corrected = corrected
         self._refiner, self._journal, self._rank = refiner, journal, rank
         self._home, self._run, self._dim, self._device = home, run, dim, device
         self._loaded: dict[int, Knowledge] = {}
@@ -145,14 +178,17 @@ class Replica:
         self._seen = 0
         self.current: Knowledge | None = None
 
-    def start(self, version: int) -> None:
-        """Load `version` (0: none) and watch for later ones.
+    def open(self, version: int) -> None:
+        """Use `version` from the start, 0 for none.
 
         Raises:
             SnapshotError: if the version cannot be opened.
         """
         if version:
             self.current = self._open(version)
+
+    def watch(self, version: int) -> None:
+        """Load the versions after `version` in the background, from now on."""
         self._seen = version
         threading.Thread(target=self._watch, name="knowledge-loader", daemon=True).start()
 
@@ -176,40 +212,56 @@ class Replica:
         with self._lock:
             return version in self._loaded
 
+    def seen(self, version: int) -> bool:
+        """Whether a version has been loaded or refused."""
+        return self._seen >= version
+
     def swap(self, version: int) -> None:
-        """Use a loaded version from now on and let older ones go."""
+        """Use a loaded version from now on and let older ones go. Entries overwritten since its encoding keep their rows."""
         with self._lock:
-            self.current = self._loaded[version]
+            older, self.current = self.current, self._loaded[version]
+            if self.current.overlay is not None and older is not None and older.overlay is not None:
+                self.current.overlay.carry_over(older.overlay)
             self._loaded = {number: known for number, known in self._loaded.items() if number > version}
 
     def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:
         """Wait until the background thread has loaded or refused `version`."""
         end = time.monotonic() + seconds
-        while self._seen < version and time.monotonic() < end:
+        while not self.seen(version) and time.monotonic() < end:
             time.sleep(0.005)
 
     def _open(self, version: int) -> Knowledge:
         gpu = (self._device.index or 0) if self._device.type == "cuda" else None
-        return Knowledge(open_snapshot(self._home, version, self._run, self._dim, gpu), self._device)
+        opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected)
+        return Knowledge(opened, self._device, overlay_of(opened) if self._corrected else None)
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
             try:
                 version: Any = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                time.sleep(0.5)  # the refiner is restarting
+            except AWAY:
+                time.sleep(0.5)
                 continue
             if version is not None and not self._stopped.is_set():
                 self._load(version)
 
     def _load(self, version: int) -> None:
-        started = time.time()
-        try:
-            known = self._open(version)
-        except (SnapshotError, OSError, ValueError, RuntimeError) as error:
-            self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
-        else:
-            with self._lock:
-                self._loaded[version] = known
-            self._journal.tell("loaded", version=version, rank=self._rank, seconds=time.time() - started)
+        """Open a version. Storage that is away is tried again; a snapshot that is damaged is refused, and made again."""
+        started, pause = time.time(), 0.5
+        while not self._stopped.is_set():
+            try:
+                known = self._open(version)
+            except (SnapshotError, ValueError, RuntimeError) as error:
+                self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
+                self._refiner.refused.remote(version)
+            except OSError as error:
+                self._journal.tell("unreadable", version=version, rank=self._rank, problem=str(error))
+                self._stopped.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            else:
+                with self._lock:
+                    self._loaded[version] = known
+                self._journal.tell("loaded", version=version, rank=self._rank, seconds=time.time() - started)
+            break
         self._seen = version

@@ -169,13 +169,14 @@ def _staging(home: Folder) -> Path:
     return made
 
 
-def open_snapshot(home: Folder, version: int, run: str, dim: int, device: int | None = None) -> Snapshot:
+def open_snapshot(home: Folder, version: int, run: str, dim: int, device: int | None = None, mutable: bool = False) -> Snapshot:
     """Open a version after checking that it is whole and the one meant.
 
     Args:
         run: the run it must belong to.
         dim: the width its embeddings must have.
         device: GPU to search on; None searches on the CPU.
+        mutable: read the indexes into memory, on the CPU, so that they can be corrected.
 
     Raises:
         SnapshotError: naming the folder, the file and what is wrong.
@@ -189,12 +190,14 @@ def open_snapshot(home: Folder, version: int, run: str, dim: int, device: int | 
     for name, count in zip(ARRAYS, [manifest["entries"]] * 2 + [manifest["prototypes"]] * 2, strict=True):
         if arrays[name].shape != (count, dim):
             raise SnapshotError(f"{folder}/{name}.npy: holds {arrays[name].shape}, the manifest says {(count, dim)}")
+    files = [local / f"{name}.index" for name in INDEXES]
+    audio_index, text_index = (indexes.open_mutable(file) if mutable else indexes.open_mapped(file, device) for file in files)
     return Snapshot(
         version=version,
         manifest=manifest,
         entries=Entries.of(pq.read_table(local / ENTRIES)),
-        audio_index=indexes.open_mapped(local / "audio.index", device),
-        text_index=indexes.open_mapped(local / "text.index", device),
+        audio_index=audio_index,
+        text_index=text_index,
         **arrays,
     )
 

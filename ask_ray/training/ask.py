@@ -97,6 +97,11 @@ class Queue:
     text: Tensor | None = None
     ids: Tensor | None = None
 
+    def state(self) -> dict[str, Tensor]:
+        """What it holds, by the names that :meth:`push` takes; empty if nothing."""
+        held = {"audio": self.audio, "text": self.text, "ids": self.ids}
+        return {name: value for name, value in held.items() if value is not None}
+
     def push(self, audio: Tensor, text: Tensor, ids: Tensor) -> None:
         """Add a step's global batch; the oldest pairs leave."""
         held = (self.audio, self.text, self.ids)

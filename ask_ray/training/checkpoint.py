@@ -1,7 +1,8 @@
 """Checkpoints as plain files: safetensors and JSON, nothing that runs code when it is opened.
 
-``model.safetensors`` · ``optimizer.safetensors`` · ``random.safetensors`` (one state per rank) · ``state.json`` (epoch,
-step, knowledge-base version, scheduler, optimizer groups) · ``settings.yaml``.
+``model.safetensors`` · ``optimizer.safetensors`` · ``random.safetensors`` (states of each rank) · ``memory.safetensors`` (the
+cross-batch memory and the corrected entries, where there are any) · ``state.json`` (where the run stands, scheduler,
+optimizer groups) · ``settings.yaml``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder
 
 PREFIX = "checkpoint_"
+MEMORY = "memory.safetensors"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -37,12 +39,18 @@ class CheckpointError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands: whole epochs done, steps done, the knowledge-base version in use (0: none), the corpus."""
+    """Where a run stands.
+
+    epoch, batch: whole epochs done, and steps done in the one begun; step: steps done in all; knowledge_version: in use,
+    0 for none; corpus: the prepared corpus; asked: step of the last refresh asked for, None before the first.
+    """
 
     epoch: int
     step: int
     knowledge_version: int
     corpus: str
+    batch: int = 0
+    asked: int | None = None
 
 
 def save(
@@ -52,14 +60,18 @@ def save(
     model: DualEncoder,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    random_states: list[Tensor],
+    random_states: list[dict[str, Tensor]],
+    memory: dict[str, Tensor],
 ) -> None:
     """Write a checkpoint into an empty local folder."""
     held = optimizer.state_dict()
     tensors = {f"{parameter}.{name}": value.contiguous() for parameter, of in held["state"].items() for name, value in of.items()}
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     save_file(tensors, folder / "optimizer.safetensors")
-    save_file({f"rank{rank}": state for rank, state in enumerate(random_states)}, folder / "random.safetensors")
+    states = {f"rank{rank}.{name}": state for rank, of in enumerate(random_states) for name, state in of.items()}
+    save_file(states, folder / "random.safetensors")
+    if memory:
+        save_file({name: value.contiguous() for name, value in memory.items()}, folder / MEMORY)
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     state = {"place": asdict(place), "groups": held["param_groups"], "scheduler": _plain(scheduler.state_dict())}
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -107,8 +119,9 @@ def restore(
         optimizer.load_state_dict({"state": held, "param_groups": state["groups"]})
         scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
         states = load_file(folder / "random.safetensors")
-        if f"rank{rank}" in states:
-            set_random_state(states[f"rank{rank}"])
+        own = {name.split(".", 1)[1]: state for name, state in states.items() if name.startswith(f"rank{rank}.")}
+        if own:
+            set_random_state(own)
     return place
 
 
@@ -121,15 +134,30 @@ def _whole(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: cannot be loaded ({error}); choose another run or checkpoint") from error
 
 
-def random_state() -> Tensor:
-    """PyTorch's CPU generator state of this process, (n,) uint8. Data order and augmentation of waveforms need none:
-    they follow from seed, epoch and step."""
-    return torch.get_rng_state()
+def memory(folder: Path) -> dict[str, Tensor]:
+    """What :func:`save` was given as memory; empty if nothing.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    if not (folder / MEMORY).exists():
+        return {}
+    with _whole(folder):
+        return load_file(folder / MEMORY)
 
 
-def set_random_state(state: Tensor) -> None:
+def random_state() -> dict[str, Tensor]:
+    """PyTorch's generator states of this process, (n,) uint8: `cpu`, and `cuda` if it uses a GPU. Data order and augmentation
+    of waveforms need none: they follow from seed, epoch and step."""
+    on_gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"cpu": torch.get_rng_state(), **on_gpu}
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
     """Put back what :func:`random_state` gave."""
-    torch.set_rng_state(state)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ from ask_ray.training import ask
 from ask_ray.training.gather import gather
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The global batch's pairs that are entries of the knowledge base in use.
+
+    entry: (n,) int64; audio, text: (n, d) float32, their fresh rows, detached.
+    """
+
+    entry: Tensor
+    audio: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step told. figures: scalars by name, detached; pairs: None without knowledge."""
+
+    figures: dict[str, Tensor]
+    pairs: Pairs | None
+
+
 class Stepper:
     """The model with its optimiser, its schedule and, if the settings want one, its cross-batch memory."""
 
@@ -26,13 +47,29 @@ class Stepper:
         """`wrapped` is `model`, or `model` made data-parallel."""
         self._wrapped, self._model, self._settings = wrapped, model, settings
         training, total = settings.training, settings.training.epochs * steps_per_epoch
+        self._device = device
         self._autocast = _autocast(training.precision, device)
         self.optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)
         self.scheduler = make_scheduler(self.optimizer, total, round(total * training.warmup_share))
         remembers = settings.ask.enabled and settings.ask.negatives == "queue"
         self.queue = ask.Queue(settings.ask.queue) if remembers else None
 
-    def take(self, batch: Batch, known: Knowledge | None, watch: bool = False) -> dict[str, Tensor]:
+    def stand_at(self, step: int) -> None:
+        """Set the schedule to a step: after a change of the number of workers, epochs have another number of them."""
+        if self.scheduler.last_epoch != step:
+            self.scheduler.last_epoch = step - 1
+            self.scheduler.step()
+
+    def memory(self) -> dict[str, Tensor]:
+        """What later steps need and no optimizer holds, for a checkpoint: the cross-batch memory."""
+        return self.queue.state() if self.queue is not None else {}
+
+    def remember(self, held: dict[str, Tensor]) -> None:
+        """Take up what :meth:`memory` told of."""
+        if self.queue is not None and held:
+            self.queue.push(**{name: value.to(self._device) for name, value in held.items()})
+
+    def take(self, batch: Batch, known: Knowledge | None, watch: bool = False) -> Taken:
         """Take a step on a batch that lies on the device.
 
         Args:
@@ -40,8 +77,8 @@ class Stepper:
             watch: also measure the out-of-batch influence.
 
         Returns:
-            scalars by name, detached, of the global batch: loss, loss_a2t, loss_t2a, temperature, gradient_norm, and with
-            knowledge consistency, rdm_audio, rdm_text (NaN where fewer than two pairs are stored) and influence.
+            of the global batch: loss, loss_a2t, loss_t2a, temperature, gradient_norm, and with knowledge consistency,
+            rdm_audio, rdm_text (NaN where fewer than two pairs are stored), influence, and the pairs it shares with it.
         """
         with self._autocast:
             u, v, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
@@ -61,20 +98,26 @@ class Stepper:
             self.queue.push(made.audio, made.text, ids)
         figures |= {"loss": made.loss.detach(), "loss_a2t": made.audio_to_text, "loss_t2a": made.text_to_audio}
         figures |= {"temperature": 1 / scale.detach(), "gradient_norm": norm}
-        if made.consistency is not None and known is not None:
-            figures |= {"consistency": made.consistency, **drift_of_batch(made, known, ids, gather(batch.captions), scale)}
-        return figures
+        if made.consistency is None or known is None:
+            return Taken(figures, None)
+        pairs = shared_pairs(made, known, ids, gather(batch.captions))
+        figures |= {"consistency": made.consistency, **drift_of(pairs, known, float(1 / scale.detach()))}
+        return Taken(figures, pairs)
 
 
-def drift_of_batch(made: ask.Step, known: Knowledge, ids: Tensor, captions: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """The free drift reading: the global batch's fresh rows against its stored ones, where its pairs are entries."""
+def shared_pairs(made: ask.Step, known: Knowledge, ids: Tensor, captions: Tensor) -> Pairs:
+    """The pairs of a global batch that are entries: `ids` are its clip numbers, `captions` which of a clip's captions."""
     entry = known.locate(ids, captions)
     there = entry >= 0
-    stored_audio, stored_text = known.rows(entry[there])
-    tau = float(1 / scale.detach())
+    return Pairs(entry[there], made.audio[there], made.text[there])
+
+
+def drift_of(pairs: Pairs, known: Knowledge, temperature: float) -> dict[str, Tensor]:
+    """The free drift reading: fresh rows against stored ones."""
+    stored_audio, stored_text = known.rows(pairs.entry)
     return {
-        "rdm_audio": ask.batch_drift(made.audio[there], stored_audio, tau),
-        "rdm_text": ask.batch_drift(made.text[there], stored_text, tau),
+        "rdm_audio": ask.batch_drift(pairs.audio, stored_audio, temperature),
+        "rdm_text": ask.batch_drift(pairs.text, stored_text, temperature),
     }
 
 

@@ -1,6 +1,7 @@
 """Refreshes by a real refiner, its real tasks and pool: published, retried, superseded, given up, pruned, restarted."""
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from ask_ray.data.corpora import source_of
 from ask_ray.journal import Journal
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.encoding import EncodingPlan
-from ask_ray.knowledge.refiner import Refiner, RefreshPlan
+from ask_ray.knowledge.refiner import Outcome, Refiner, RefreshPlan, Request
 from ask_ray.knowledge.replica import Replica
+from ask_ray.knowledge.requests import Requests
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 
@@ -65,11 +67,14 @@ class Bench:
         self.journal, self.keeper = Journal.start()
         self.refiner = Refiner.remote(RefreshPlan(home, RUN, source, knowledge, 3, 0), self.journal)
 
-    def request(self, step: int, kind: str = "good", reason: str = "a test") -> int:
-        return ray.get(self.refiner.request.remote(step, reason, [self.weights[kind]]))
+    def request(self, step: int, kind: str = "good", urgent: bool = False) -> str:
+        ticket = uuid.uuid4().hex
+        ray.get(self.refiner.request.remote(Request(ticket, step, "a test"), [self.weights[kind]], urgent))
+        return ticket
 
-    def settled(self, ticket: int, seconds: float = 60.0) -> tuple[bool, int | None]:
-        return ray.get(self.refiner.settled.remote(ticket, seconds))
+    def settled(self, ticket: str, seconds: float = 60.0) -> tuple[bool, int | None]:
+        found = Outcome(*ray.get(self.refiner.outcome.remote(ticket, seconds)))
+        return found.known and found.over, found.version
 
     def next_after(self, version: int) -> int | None:
         return ray.get(self.refiner.next_after.remote(version, 0.0))
@@ -80,7 +85,7 @@ class Bench:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.journal.since(0) if event["kind"] == kind]
 
-    def outcome(self, ticket: int) -> str:
+    def outcome(self, ticket: str) -> str:
         return wait_for(lambda: [event["outcome"] for event in self.events("settled") if event["ticket"] == ticket])[0]
 
     def close(self) -> None:
@@ -104,19 +109,19 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     unfinished(bench.home, 1)  # of an earlier try: it gives way
     replica = Replica(bench.refiner, bench.home, RUN, MODEL.dim, torch.device("cpu"), bench.journal, rank=0)
     bench.call("start_from", 0)
-    replica.start(0)
+    replica.open(0)
+    replica.watch(0)
     assert bench.next_after(0) is None
 
     # Three at once: the first is under way, the newest of the others wins.
-    tickets = [bench.request(step) for step in (5, 6, 7)]
-    assert tickets == [1, 2, 3]
-    assert bench.settled(2, 0.0) == (True, None)
-    assert bench.outcome(2) == "superseded by newer weights"
-    assert bench.settled(1) == (True, 1)
+    first, second, third = [bench.request(step) for step in (5, 6, 7)]
+    assert bench.settled(second, 0.0) == (True, None)
+    assert bench.outcome(second) == "superseded by newer weights"
+    assert bench.settled(first) == (True, 1)
     replica.wait_until_seen(1, 20)
     replica.swap(1)
     assert (replica.version, replica.current.encoder_step, len(replica.current)) == (1, 5, CLIPS)
-    assert bench.settled(3) == (True, 2)
+    assert bench.settled(third) == (True, 2)
     replica.wait_until_seen(2, 20)
     assert (replica.version, replica.newest) == (1, 2)
     published = {event["version"]: event for event in bench.events("published")}
@@ -144,24 +149,18 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     assert bench.next_after(1) is None
     assert bench.next_after(0) == 1
 
-    # The refiner dies and comes back: it knows no tickets any more, and serves new requests under new numbers.
+    # The refiner dies and comes back: it knows the line, but version 2 is not on it; and no tickets. What a worker asked for
+    # meanwhile is asked again by the worker's side.
+    requests = Requests(bench.refiner)
     ray.kill(bench.refiner, no_restart=False)
-
-    def served() -> int | None:
-        try:
-            assert bench.settled(3, 0.0) == (True, None)  # a ticket that the restart lost is over
-            return bench.request(9)
-        except ray.exceptions.RayActorError:
-            return None
-
-    def back() -> bool:
-        try:
-            return bench.next_after(0) == 1  # what is published is not forgotten
-        except ray.exceptions.RayActorError:
-            return False
-
-    wait_for(back)
-    assert bench.settled(wait_for(served)) == (True, 3)
+    requests.ask(9, "a test", ray.get(bench.weights["good"]))
+    assert requests.busy
+    assert requests.wait() == requests.version == 3
+    assert not requests.busy
+    requests.stop()
+    assert bench.settled(third, 0.0) == (False, None)
+    assert bench.next_after(0) == 1
+    assert bench.next_after(1) == 3
     replica.wait_until_seen(3, 20)
     replica.swap(3)
     assert replica.current.encoder_step == 9
@@ -171,13 +170,29 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     replica.stop()
 
 
-def test_weights_that_fail_are_tried_again_then_given_up_and_the_old_version_stays(bench):
-    ticket = bench.request(4, "broken")
+def test_a_request_that_died_with_the_refiner_is_asked_again(bench):
+    requests = Requests(bench.refiner)
+    bench.call("start_from", 0)
+    requests.ask(3, "a test", ray.get(bench.weights["good"]))
+    wait_for(lambda: bench.events("started"))
+    ray.kill(bench.refiner, no_restart=False)
+    version = requests.wait()
+    requests.stop()
+    assert version is not None
+    assert bench.next_after(0) == version
+    assert [event["encoder_step"] for event in bench.events("published")] == [3]
+
+
+def test_what_fails_is_tried_again_then_given_up_and_the_old_version_stays(bench):
+    blocked = bench.home.local / "v000001"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_bytes(b"a file where the folder should be")  # the second try has another name
+    (bench.home.local / "v000002").write_bytes(b"")
+    ticket = bench.request(4)
     assert bench.settled(ticket) == (True, None)
-    assert "failed 2 times" in bench.outcome(ticket)
+    assert "failed" in bench.outcome(ticket)
     failed = wait_for(lambda: len(bench.events("failed")) == 2 and bench.events("failed"))
     assert [(event["attempt"], event["step"]) for event in failed] == [(1, 4), (2, 4)]
-    assert all("EncodingError" in event["problem"] and "not finite" in event["problem"] for event in failed)
     assert all("\n" not in event["problem"] for event in failed)
     first, second = (event["time"] for event in bench.events("started"))
     assert second - failed[0]["time"] >= 0.25  # the pause between them
@@ -186,20 +201,42 @@ def test_weights_that_fail_are_tried_again_then_given_up_and_the_old_version_sta
     assert snapshot.versions(bench.home) == []
 
 
-def test_a_refresh_that_is_under_way_can_be_given_up(bench):
+def test_weights_that_are_not_finite_are_refused_once(bench):
+    ticket = bench.request(4, "broken")
+    assert bench.settled(ticket) == (True, None)
+    assert "not finite" in bench.outcome(ticket)
+    assert [event["attempt"] for event in bench.events("failed")] == [1], "trying again would give the same"
+    assert "UnusableWeights" in bench.events("failed")[0]["problem"]
+    assert "step 4" in bench.events("failed")[0]["problem"]
+    assert snapshot.versions(bench.home) == []
+
+
+def test_a_version_that_a_worker_refused_is_made_again(bench):
+    bench.call("start_from", 0)
+    assert bench.settled(bench.request(8)) == (True, 1)
+    bench.call("refused", 1)
+    bench.call("refused", 1)  # by another worker: nothing more happens
+    assert wait_for(lambda: bench.next_after(0)) == 2
+    made = bench.events("published")[-1]
+    assert (made["encoder_step"], made["reason"]) == (8, "v1 was refused")
+    bench.call("refused", 2)  # that was the last of two attempts
+    time.sleep(0.3)
+    assert bench.next_after(0) is None
+    assert len(bench.events("requested")) == 1
+
+
+def test_an_urgent_request_ends_what_is_under_way(bench):
     running, waiting = bench.request(1), bench.request(2)
     wait_for(lambda: bench.events("started"))
-    only_if_idle = bench.refiner.request.remote(3, "a test", [bench.weights["good"]], True)
-    assert ray.get(only_if_idle) == 0
-    assert bench.settled(0, 0.0) == (True, None)
-    bench.call("stop")
+    urgent = bench.request(3, urgent=True)
     assert bench.settled(waiting, 1.0) == (True, None)
     assert bench.settled(running, 5.0) == (True, None)
     assert bench.outcome(running) == bench.outcome(waiting) == "given up"
-    time.sleep(0.5)
-    assert bench.next_after(0) is None
-    assert snapshot.versions(bench.home) == []
-    assert bench.settled(99, 5.0) == (True, None)
+    finished, version = bench.settled(urgent)
+    assert finished
+    assert [event["encoder_step"] for event in bench.events("published")] == [3]
+    assert snapshot.versions(bench.home) == [version]
+    assert bench.settled("never asked", 0.0) == (False, None)
 
 
 def test_a_refresh_that_takes_too_long_fails_and_says_so(ray_session, tmp_path, corpus, weights):

@@ -192,7 +192,8 @@ class Line:
     def replica(self, start: int) -> Replica:
         made = Replica(self.refiner, self.home, RUN, DIM, CPU, self.journal, rank=len(self.replicas))
         self.replicas.append(made)
-        made.start(start)
+        made.open(start)
+        made.watch(start)
         return made
 
     def events(self, kind: str) -> list[dict]:
@@ -310,7 +311,7 @@ def test_loading_goes_on_after_the_refiner_restarts(line):
 
     def restarted() -> bool:
         try:
-            return ray.get(line.refiner.next_after.remote(0, 0.0)) is None  # a new process knows no line
+            return ray.get(line.refiner.next_after.remote(0, 0.0)) is None  # no version was published by it
         except ray.exceptions.RayActorError:
             return False
 

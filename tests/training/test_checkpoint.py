@@ -42,15 +42,17 @@ def steps(stepper: Stepper, first: int, count: int) -> list[float]:
         words, mask = stepper.model.tokenise([f"sound {step} {n}" for n in range(4)])
         ids = torch.arange(4)
         batch = Batch(noise, torch.full((4,), RATE // 2), words, mask, ids, torch.zeros_like(ids))
-        figures = stepper.take(batch, None)
+        figures = stepper.take(batch, None).figures
         made += [float(figures["loss"]), float(figures["gradient_norm"]), stepper.optimizer.param_groups[0]["lr"]]
     return made
 
 
-def save(folder: Path, stepper: Stepper, place: Place, states: list[torch.Tensor] | None = None) -> None:
+def save(
+    folder: Path, stepper: Stepper, place: Place, states: list[dict[str, torch.Tensor]] | None = None, **memory: torch.Tensor
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     states = [checkpoint.random_state()] if states is None else states
-    checkpoint.save(folder, place, SETTINGS, stepper.model, stepper.optimizer, stepper.scheduler, states)
+    checkpoint.save(folder, place, SETTINGS, stepper.model, stepper.optimizer, stepper.scheduler, states, memory)
 
 
 def restore(folder: Path, stepper: Stepper, rank: int = 0) -> Place:
@@ -95,11 +97,11 @@ def test_training_continues_to_the_same_bits(trained, corpus):
 
 def test_a_rank_that_saved_no_random_state_keeps_its_own(trained):
     other = fresh(99)
-    before = checkpoint.random_state()
+    before = torch.get_rng_state()
     restore(trained[0], other, rank=1)
-    assert torch.equal(checkpoint.random_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)
     restore(trained[0], other, rank=0)
-    assert not torch.equal(checkpoint.random_state(), before)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_rank_gets_its_own_random_state(tmp_path, corpus):
@@ -111,7 +113,30 @@ def test_every_rank_gets_its_own_random_state(tmp_path, corpus):
     save(tmp_path, stepper, Place(1, 6, 0, corpus), [first, second])
     for rank, state in enumerate((first, second)):
         restore(tmp_path, stepper, rank)
-        assert torch.equal(checkpoint.random_state(), state)
+        assert torch.equal(checkpoint.random_state()["cpu"], state["cpu"])
+
+
+def test_what_later_steps_remember_is_kept(tmp_path, corpus):
+    stepper, place = fresh(0), Place(1, 7, 2, corpus, batch=3, asked=5)
+    save(tmp_path / "with", stepper, place, **{"queue.ids": torch.arange(4), "overlay.audio": torch.randn(3, 2)})
+    held = checkpoint.memory(tmp_path / "with")
+    assert held["queue.ids"].tolist() == [0, 1, 2, 3]
+    assert held["overlay.audio"].shape == (3, 2)
+    assert restore(tmp_path / "with", stepper) == place
+    save(tmp_path / "without", stepper, place)
+    assert checkpoint.memory(tmp_path / "without") == {}
+    (tmp_path / "with" / checkpoint.MEMORY).write_bytes(b"half")
+    with pytest.raises(checkpoint.CheckpointError, match="with"):
+        checkpoint.memory(tmp_path / "with")
+
+
+def test_the_schedule_can_be_set_to_any_step():
+    """After a change of the number of workers an epoch has another number of steps."""
+    walked, set_there = fresh(0), fresh(0)
+    steps(walked, 0, 4)
+    set_there.stand_at(4)
+    assert set_there.optimizer.param_groups[0]["lr"] == walked.optimizer.param_groups[0]["lr"]
+    assert steps(set_there, 4, 1)[2] == steps(walked, 4, 1)[2]
 
 
 def test_a_checkpoint_before_the_first_step_can_be_restored(tmp_path, corpus):

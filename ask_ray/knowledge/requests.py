@@ -1,0 +1,81 @@
+"""Rank 0's side of a refresh: ask without waiting, know whether one is under way, and ask again for what was lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from ask_ray.knowledge.refiner import Outcome, Request
+
+#: Exceptions of a refiner that is away for now: it restarts by itself.
+AWAY = (ray.exceptions.RayError, ray.exceptions.GetTimeoutError)
+
+
+class Requests:
+    """The newest request of a run. A background thread follows it, so that a step never waits for the refiner."""
+
+    def __init__(self, refiner: ActorHandle) -> None:
+        self._refiner = refiner
+        self._open: tuple[Request, list[ray.ObjectRef]] | None = None
+        self._version: int | None = None
+        self._changed = threading.Condition()
+        self._stopped = False
+        threading.Thread(target=self._follow, name="refresh-requests", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the newest request is not over yet."""
+        return self._open is not None
+
+    @property
+    def version(self) -> int | None:
+        """The version that the newest request gave, None while it is under way or if it gave none."""
+        return self._version
+
+    def ask(self, step: int, reason: str, weights: dict[str, Any], urgent: bool = False) -> None:
+        """Hand over a state dict on the CPU and go on. An urgent request ends what is under way."""
+        request, reference = Request(uuid.uuid4().hex, step, reason), [ray.put(weights)]
+        self._refiner.request.remote(request, reference, urgent)
+        with self._changed:
+            self._open, self._version = (request, reference), None
+            self._changed.notify_all()
+
+    def wait(self) -> int | None:
+        """Wait for the newest request's end: its version, or None if it gave none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open is None)
+            return self._version
+
+    def stop(self) -> None:
+        """Follow no more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _follow(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._open is not None)
+                if self._stopped or self._open is None:
+                    return
+                followed = self._open
+            self._look(*followed)
+
+    def _look(self, request: Request, weights: list[ray.ObjectRef]) -> None:
+        try:
+            found = Outcome(*ray.get(self._refiner.outcome.remote(request.ticket, 5.0), timeout=30))
+        except AWAY:
+            time.sleep(0.5)
+            return
+        if not found.known:  # it died with the refiner, and the weights are still held here
+            self._refiner.request.remote(request, weights)
+        elif found.over:
+            with self._changed:
+                if self._open is not None and self._open[0] is request:
+                    self._open, self._version = None, found.version
+                    self._changed.notify_all()

@@ -1,0 +1,217 @@
+"""A rank's dealings with the knowledge base: the version in use, when it is refreshed, swapped and corrected."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from ask_ray.config import KnowledgeSettings
+from ask_ray.journal import Journal
+from ask_ray.knowledge.overlay import Overlay
+from ask_ray.knowledge.policy import Moment, policy_of
+from ask_ray.knowledge.replica import Knowledge, Replica
+from ask_ray.knowledge.requests import Requests
+from ask_ray.knowledge.snapshot import SnapshotError
+from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.training.corrections import Corrections
+from ask_ray.training.gather import agree_on_least, tell_all
+from ask_ray.training.means import Means
+from ask_ray.training.step import Taken
+
+#: What of a checkpoint's memory is an overlay, and what the corrections' window.
+OVERLAY, WINDOW = "overlay.", "window."
+
+
+class Upkeep:
+    """The knowledge base as one rank keeps it up. All ranks call every method at the same steps."""
+
+    def __init__(
+        self,
+        settings: KnowledgeSettings,
+        replica: Replica,
+        refiner: ActorHandle,
+        journal: Journal,
+        model: DualEncoder,
+        steps_per_epoch: int,
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._replica, self._refiner, self._journal = settings, replica, refiner, journal
+        self._model, self._rank, self._device = model, rank, device
+        self._policy = policy_of(settings.refresh, steps_per_epoch)
+        self._requests = Requests(refiner) if rank == 0 else None
+        self._drift = Means()
+        wanted = settings.corrections
+        self._corrections = Corrections(wanted, steps_per_epoch) if wanted.write_back or wanted.drift_map else None
+        self.asked: int | None = None
+
+    @property
+    def known(self) -> Knowledge | None:
+        """The version in use, if there is one."""
+        return self._replica.current
+
+    @property
+    def version(self) -> int:
+        """Its number, 0 for none."""
+        return self._replica.version
+
+    # --- the start and the end of a run ---
+
+    def begin(self, version: int, asked: int | None, step: int, memory: dict[str, Tensor]) -> None:
+        """Take up the version that a checkpoint names, 0 for none, as it was corrected; and make a damaged one anew.
+
+        A refresh that was asked for and not in when the run broke off is forgotten: the policy then asks for it again.
+        """
+        self._tell_refiner(version)
+        whole = agree_on_least(int(self._opened(version)), self._device)
+        if not whole:
+            self._replica.current = None
+            self._tell_refiner(0)
+        known = self._replica.current
+        if self._corrections is not None:
+            self._corrections.begin(step)
+            if known is not None and memory:
+                self._restore(known, memory)
+        in_use = known.encoder_step if known is not None else None
+        self.asked = asked if asked is None or (in_use is not None and asked <= in_use) else in_use
+        self._replica.watch(version)
+        if not whole:
+            self.refresh(step, f"v{version} of the checkpoint was refused", wait=True)
+
+    def _tell_refiner(self, version: int) -> None:
+        if self._rank == 0:
+            ray.get(self._refiner.start_from.remote(version))
+        tell_all(None)  # no rank asks for later versions before the refiner has forgotten them
+
+    def _opened(self, version: int) -> bool:
+        try:
+            self._replica.open(version)
+        except SnapshotError as error:
+            self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
+            return False
+        return True
+
+    def finish(self, step: int) -> None:
+        """A last version by the final weights; a refresh that is under way is given up for it."""
+        self.refresh(step, "a knowledge base by the final weights", wait=True, urgent=True)
+        self._replica.stop()
+        if self._requests is not None:
+            self._requests.stop()
+
+    # --- around a step ---
+
+    def before_step(self, step: int, epoch_starts: bool) -> None:
+        """Every few steps, and when an epoch starts: swap to the newest version that every rank has, and ask for a refresh
+        if one is due."""
+        refresh = self._settings.refresh
+        polls = step % refresh.poll_steps == 0
+        if polls:
+            self._swap(step)
+        if polls or epoch_starts:
+            reason = self._due(step, epoch_starts) if self._rank == 0 else None
+            waits = refresh.mode == "sync"
+            if waits:
+                reason = tell_all(reason)
+            if reason is not None:
+                self.refresh(step, reason, waits)
+
+    def after_step(self, taken: Taken, step: int) -> None:
+        """Read drift from a step, and correct stored entries by it. `step` counts the step."""
+        if taken.pairs is None:
+            return
+        rdm = (taken.figures["rdm_audio"] + taken.figures["rdm_text"]) / 2
+        if self._settings.refresh.signal == "batch":
+            self._drift.add(rdm=rdm)
+        known = self._replica.current
+        if self._corrections is not None and known is not None and known.overlay is not None:
+            self._corrections.after_step(known.overlay, taken.pairs, step)
+
+    def probed(self, rdm: float) -> None:
+        """A drift reading by a probe of stored entries, for the next decision."""
+        self._drift.add(rdm=torch.tensor(rdm))
+
+    def probe_due(self, step: int) -> bool:
+        """Whether the policy wants a probe before this step."""
+        refresh = self._settings.refresh
+        wanted = refresh.policy == "adaptive" and refresh.signal == "probe" and self.version > 0
+        return wanted and step % refresh.probe_steps == 0
+
+    def _due(self, step: int, epoch_starts: bool) -> str | None:
+        assert self._requests is not None
+        reads = self._settings.refresh.policy == "adaptive"  # only then is a number worth waiting for the device
+        drift = self._drift.take().get("rdm") if reads else None
+        unseen = self._requests.version is not None and not self._replica.seen(self._requests.version)
+        busy = self._requests.busy or unseen
+        return self._policy.reason(Moment(step, epoch_starts, self.asked, self.version > 0, busy, drift))
+
+    # --- refreshing and swapping ---
+
+    def refresh(self, step: int, reason: str, wait: bool, urgent: bool = False) -> None:
+        """Hand this step's weights to the refiner and, if asked to, wait until the version is in."""
+        started = time.perf_counter()
+        self.asked = step
+        if self._requests is not None:
+            weights = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
+            self._requests.ask(step, reason, weights, urgent)
+            self._journal.tell("asked", step=step, reason=reason, seconds=time.perf_counter() - started)
+        if wait:
+            version = tell_all(self._requests.wait() if self._requests is not None else None)
+            if version is not None:
+                self._replica.wait_until_seen(version)
+            self._swap(step)
+            if self._rank == 0:
+                self._journal.tell("waited", step=step, seconds=time.perf_counter() - started)
+
+    def _swap(self, step: int) -> None:
+        """Use the newest version that all ranks have, from this step on (one tiny all-reduce, no barrier besides)."""
+        started = time.perf_counter()
+        version = agree_on_least(self._replica.newest, self._device)
+        if version <= self.version or not agree_on_least(int(self._replica.has(version)), self._device):
+            return
+        self._replica.swap(version)
+        known = self._replica.current
+        assert known is not None
+        self._drift.take()
+        if self._corrections is not None:
+            self._corrections.begin(step)
+        self._journal.tell(
+            "swapped", rank=self._rank, version=version, step=step,
+            lag_steps=step - known.encoder_step, swap_ms=1000 * (time.perf_counter() - started),
+        )  # fmt: skip
+        if self._rank == 0:
+            self._refiner.swapped.remote(version)
+
+    # --- what is told and kept ---
+
+    def facts(self, step: int) -> dict[str, float]:
+        """Metrics of the version in use: its lag behind the step and, with corrections, their share and the age they save."""
+        known = self._replica.current
+        if known is None:
+            return {}
+        facts: dict[str, float] = {"lag_steps": step - known.encoder_step}
+        if known.overlay is not None:
+            age, without = known.overlay.age(step), known.overlay.age_without(step)
+            facts |= {"corrected_share": known.overlay.share(), "entry_age_steps": age, "corrected_age_steps": without - age}
+        return facts
+
+    def memory(self) -> dict[str, Tensor]:
+        """The corrected entries and the open window, for a checkpoint; empty without corrections."""
+        known = self._replica.current
+        if self._corrections is None or known is None or known.overlay is None:
+            return {}
+        held = {f"{OVERLAY}{name}": torch.from_numpy(np.atleast_1d(value)) for name, value in known.overlay.state().items()}
+        return held | {f"{WINDOW}{name}": value for name, value in self._corrections.state().items()}
+
+    def _restore(self, known: Knowledge, memory: dict[str, Tensor]) -> None:
+        assert self._corrections is not None
+        parts = {
+            part: {name.removeprefix(part): value for name, value in memory.items() if name.startswith(part)}
+            for part in (OVERLAY, WINDOW)
+        }
+        known.overlay = Overlay.of({name: value.numpy() for name, value in parts[OVERLAY].items()})
+        self._corrections.restore(parts[WINDOW])
