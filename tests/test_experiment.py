@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -39,7 +40,11 @@ def settings_of(home: Path, **changes: dict[str, object]) -> Settings:
         },
         "model": {"dim": 32, "width": 0.25},
         "ask": {"prototypes": 16},
-        "knowledge": {"drift_probe": 64, "refresh": {"interval": 1, "mode": "sync", "poll_steps": 1, "warmup_epochs": 1}},
+        "knowledge": {
+            "drift_probe": 64,
+            "refresh": {"interval": 1, "mode": "sync", "poll_steps": 1, "warmup_epochs": 1},
+            "corrections": {"write_back": True, "drift_map": True},
+        },
         "training": {"epochs": 3, "batch_size": 16, "workers": 1, "evaluate_every": 2},
         "tracking": {"enabled": False},
     }
@@ -104,7 +109,29 @@ def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: N
     assert [event["epoch"] for event in epochs] == list(range(1, 9))
     assert epochs[0]["loss"] > epochs[-1]["loss"]
     assert epochs[-1]["influence"] > 0
+    assert 0 < epochs[-1]["corrected_share"] <= 1
+    assert epochs[-1]["corrected_age_steps"] > 0
     assert {"temperature", "rdm_audio", "consistency", "knowledge_version", "lag_steps", "clips_per_second"} <= set(epochs[-1])
+
+
+@pytest.mark.parametrize(
+    ("refresh", "told"),
+    [
+        ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5}, "RDM"),
+        ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "signal": "probe", "probe_steps": 3}, "RDM"),
+        ({"policy": "continuous", "unit": "steps", "min_interval": 4}, "the last is in"),
+    ],
+)
+def test_policies_refresh_by_what_they_see_and_say_why(ray_session: None, home: Path, refresh: dict, told: str) -> None:
+    name = f"{refresh['policy']}-{refresh.get('signal', 'batch')}"
+    knowledge = {"refresh": refresh, "corrections": {"write_back": False, "drift_map": False}}
+    result = experiment.run(settings_of(home, run={"name": name}, knowledge=knowledge), quiet())
+    first, *later, _ = [row["reason"] for row in result["refreshes"]]
+    assert first == "warm-up is over"
+    assert later
+    assert all(told in reason for reason in later)
+    gaps = np.diff([row["encoder_step"] for row in result["refreshes"][:-1]])
+    assert (gaps >= 4).all(), "no sooner than the floor"
 
 
 def test_drift_is_zero_with_a_fresh_knowledge_base_and_not_after_steps(sync_run: dict) -> None:

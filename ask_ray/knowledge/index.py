@@ -111,7 +111,7 @@ def update(index: Any, entries: np.ndarray, rows: np.ndarray) -> None:
         raise ValueError(f"entries must be in [0, {index.ntotal}), got {entries.min()} to {entries.max()}")
     _check_finite(rows)
     if isinstance(index, faiss.IndexIVF):
-        index.update_vectors(entries, rows)
+        index.update_vectors(entries, rows)  # type: ignore[call-arg]  # FAISS wraps the C++ signature
     else:
         _vectors(index)[entries] = rows
 
@@ -144,7 +144,7 @@ def remap(index: Any, matrix: np.ndarray, rows: np.ndarray) -> None:
     index.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(lists))
 
 
-def _vectors(index: faiss.IndexFlat) -> np.ndarray:
+def _vectors(index: Any) -> np.ndarray:
     """(N, d) float32: the memory of a flat index."""
     return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
 

@@ -1,9 +1,11 @@
 """RDM against scipy; zero right after a refresh, and larger the further the encoders have moved."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 from torch.nn import functional
@@ -93,3 +95,74 @@ def test_rejections():
         drift.rdm(torch.zeros(0, 4), rows, rows, 0.1)
     with pytest.raises(ValueError, match="number of entries"):
         drift.rdm(rows, torch.zeros(0, 4), torch.zeros(0, 4), 0.1)
+
+
+# --- the drift map ---
+
+
+def rows_of(count: int, dim: int, seed: int) -> torch.Tensor:
+    return functional.normalize(
+        torch.randn(count, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
+
+
+def rotation_of(dim: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def test_a_strong_ridge_is_the_procrustes_rotation():
+    stored, fresh = rows_of(60, 7, 0), rows_of(60, 7, 1)
+    rotation, _ = orthogonal_procrustes(stored.numpy(), fresh.numpy())
+    np.testing.assert_allclose(drift.drift_map(stored, fresh, 1e7), rotation, atol=1e-5)
+
+
+def test_a_weak_ridge_is_least_squares():
+    stored, fresh = rows_of(60, 7, 0), rows_of(60, 7, 1)
+    np.testing.assert_allclose(drift.drift_map(stored, fresh, 1e-9), np.linalg.lstsq(stored, fresh)[0], atol=1e-6)
+
+
+@given(st.integers(1, 40), st.integers(2, 12), st.floats(0.01, 10), st.integers(0, 99))
+def test_it_minimises_its_objective(pairs, dim, ridge, seed):
+    """The gradient of the objective, by autograd, is zero at the map."""
+    stored, fresh = rows_of(pairs, dim, seed), rows_of(pairs, dim, seed + 1)
+    rotation = drift.drift_map(stored, fresh, 1e9)
+    weight = ridge * float((stored.mT @ stored).trace()) / dim
+    found = drift.drift_map(stored, fresh, ridge).requires_grad_()
+    objective = (stored @ found - fresh).square().sum() + weight * (found - rotation).square().sum()
+    (gradient,) = torch.autograd.grad(objective, found)
+    assert float(gradient.abs().max()) < 1e-5
+
+
+@given(st.integers(2, 12), st.integers(12, 40), st.floats(0.001, 10), st.integers(0, 99))
+def test_a_rotation_is_recovered(dim, pairs, ridge, seed):
+    stored, rotation = rows_of(pairs, dim, seed), rotation_of(dim, seed)
+    np.testing.assert_allclose(drift.drift_map(stored, stored @ rotation, ridge), rotation, atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(8, 16), st.integers(0, 99))
+def test_directions_that_nobody_observed_are_left_alone(pairs, dim, seed):
+    stored, fresh = rows_of(pairs, dim, seed), rows_of(pairs, dim, seed + 1)
+    seen = torch.linalg.svd(torch.cat([stored, fresh]), full_matrices=True).Vh
+    unseen = seen[2 * pairs :]
+    np.testing.assert_allclose(unseen @ drift.drift_map(stored, fresh, 0.1), unseen, atol=1e-5)
+
+
+def test_nothing_moved_nothing_moves_and_the_order_of_pairs_does_not_matter():
+    stored, fresh = rows_of(30, 6, 0), rows_of(30, 6, 1)
+    np.testing.assert_allclose(drift.drift_map(stored, stored, 0.1), torch.eye(6), atol=1e-7)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(2))
+    np.testing.assert_allclose(drift.drift_map(stored[order], fresh[order], 0.1), drift.drift_map(stored, fresh, 0.1), atol=1e-9)
+
+
+def test_mapped_rows_are_unit_rows_of_their_dtype():
+    rows = rows_of(9, 5, 0).float()
+    mapped = drift.apply_map(rows, 3 * rotation_of(5, 1))
+    assert mapped.dtype == torch.float32
+    np.testing.assert_allclose(mapped.norm(dim=1), 1, atol=1e-6)
+    np.testing.assert_allclose(mapped, rows.double() @ rotation_of(5, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("stored", "fresh", "ridge"), [((3, 4), (3, 5), 1.0), ((0, 4), (0, 4), 1.0), ((3, 4), (3, 4), 0.0)])
+def test_a_map_of_nothing_is_refused(stored, fresh, ridge):
+    with pytest.raises(ValueError, match=r"pairs|fresh|ridge"):
+        drift.drift_map(torch.ones(stored), torch.ones(fresh), ridge)
