@@ -142,7 +142,7 @@ class Overlay:
     def state(self) -> dict[str, np.ndarray]:
         """Everything as copies, for a checkpoint: arrays by the attributes' names, indexes as FAISS's bytes (uint8)."""
         rows = {name: getattr(self, name).numpy().copy() for name in ("audio", "text", "prototypes_audio", "prototypes_text")}
-        steps = {"since": self.since.copy(), "written": self.written.copy(), "encoder_step": np.array(self.encoder_step)}
+        steps = {"since": self.since.copy(), "written": self.written.copy(), "encoder_step": np.array([self.encoder_step])}
         built = {name: faiss.serialize_index(getattr(self, name)) for name in ("audio_index", "text_index")}
         return {**rows, **steps, **built}
 
@@ -153,7 +153,7 @@ class Overlay:
             Embeddings(state["audio"], state["text"]),
             Embeddings(state["prototypes_audio"], state["prototypes_text"]),
             (faiss.deserialize_index(state["audio_index"]), faiss.deserialize_index(state["text_index"])),
-            int(state["encoder_step"]),
+            int(state["encoder_step"][0]),
         )
         made.since, made.written = (np.require(state[name], np.int64, ["C", "W"]) for name in ("since", "written"))
         return made

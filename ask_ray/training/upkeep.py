@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -204,7 +203,7 @@ class Upkeep:
         known = self._replica.current
         if self._corrections is None or known is None or known.overlay is None:
             return {}
-        held = {f"{OVERLAY}{name}": torch.from_numpy(np.atleast_1d(value)) for name, value in known.overlay.state().items()}
+        held = {f"{OVERLAY}{name}": torch.from_numpy(value) for name, value in known.overlay.state().items()}
         return held | {f"{WINDOW}{name}": value for name, value in self._corrections.state().items()}
 
     def _restore(self, known: Knowledge, memory: dict[str, Tensor]) -> None:
