@@ -25,7 +25,7 @@ from ask_ray.config import AskSettings, ModelSettings, Settings, TrainingSetting
 from ask_ray.data.batches import Batch
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.replica import Knowledge
-from ask_ray.knowledge.snapshot import Embeddings, Entries
+from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder
@@ -47,7 +47,7 @@ def publish(home: Folder, entries: int, dim: int, prototypes: int) -> None:
     """A knowledge base of random unit rows: the cost of reading it does not depend on what they mean."""
     audio, text = rows(entries, dim, 1), rows(entries, dim, 2)
     numbers = np.arange(entries, dtype=np.int64)
-    told = Entries([f"e{n}" for n in numbers], numbers, ["a sound"] * entries, numbers * 0, ["random"] * entries)
+    told = Entries.of_lists([f"e{n}" for n in numbers], numbers, ["a sound"] * entries, numbers * 0, [TRAIN] * entries)
     paired = Embeddings(*index.prototypes(audio, text, prototypes, 0))
     built = index.build(audio, 50_000, 32, 0), index.build(text, 50_000, 32, 0)
     snapshot.publish(home, 1, told, Embeddings(audio, text), paired, built, {"run": "benchmark", "encoder_step": 0})

@@ -47,6 +47,7 @@ class Upkeep:
         self._drift = Means()
         wanted = settings.corrections
         self._corrections = Corrections(wanted, steps_per_epoch) if wanted.write_back or wanted.drift_map else None
+        self._correcting = 0.0
         self.asked: int | None = None
 
     @property
@@ -128,7 +129,9 @@ class Upkeep:
             self._drift.add(rdm=rdm)
         known = self._replica.current
         if self._corrections is not None and known is not None and known.overlay is not None:
+            started = time.perf_counter()
             self._corrections.after_step(known.overlay, taken.pairs, step)
+            self._correcting += time.perf_counter() - started
 
     def probed(self, rdm: float) -> None:
         """A drift reading by a probe of stored entries, for the next decision."""
@@ -188,7 +191,8 @@ class Upkeep:
     # --- what is told and kept ---
 
     def facts(self, step: int) -> dict[str, float]:
-        """Metrics of the version in use: its lag behind the step and, with corrections, their share and the age they save."""
+        """Metrics of the version in use: its lag behind the step and, with corrections, their share, the age they save
+        and their cost."""
         known = self._replica.current
         if known is None:
             return {}
@@ -196,6 +200,7 @@ class Upkeep:
         if known.overlay is not None:
             age, without = known.overlay.age(step), known.overlay.age_without(step)
             facts |= {"corrected_share": known.overlay.share(), "entry_age_steps": age, "corrected_age_steps": without - age}
+            facts["correction_seconds"] = self._correcting  # since the worker started
         return facts
 
     def memory(self) -> dict[str, Tensor]:
