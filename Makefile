@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 ARGS ?=
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test faults lint bench clean
 
 help:
 	@echo "make train [ARGS='--ask.rho 0.5 …']  train ASK on Ray from nothing, and print where the results are"
 	@echo "make test                            lint, type-check and test"
+	@echo "make faults                          runs during which processes are killed and files damaged (docs/reliability.md)"
 	@echo "make bench                           the measured ratios, in benchmarks/"
 	@echo "make clean                           remove the environment (runs/ and prepared/ stay)"
 
@@ -18,7 +19,10 @@ train: $(READY)
 	$(BIN)/python jobs/train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+faults: $(TEST_READY)
+	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

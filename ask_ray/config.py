@@ -210,11 +210,22 @@ class PoolSettings(Section):
 class KnowledgeSettings(Section):
     """The knowledge base: its entries, its index, its life."""
 
-    captions_per_clip: Count = Field(1, description="entries made of a clip: one for each of its first captions")
+    sources: list[str] = Field(
+        ["train"],
+        description="what it is made from: `train`, the run's own training split, and prepared corpora by folder or URI, of "
+        "which the training split is taken (out-of-domain ones, or the same recordings with more captions)",
+    )
+    captions_per_clip: Count = Field(1, description="entries made of a clip, in each source: one for each of its first captions")
     exact_below: Natural = Field(50_000, description="search exactly below this many entries, with inverted lists above")
     probes: Count = Field(32, description="inverted lists searched per query")
     drift_probe: Natural = Field(128, description="entries re-encoded once an epoch to measure drift; 0 switches it off")
     keep: Count = Field(3, description="newest versions kept; versions that a kept checkpoint names are never removed")
+    cache: str | None = Field(
+        None,
+        description="folder of each node's own disk for copies of versions on remote storage, shared by the node's processes. "
+        "Unset: one under the system's temporary folder",
+    )
+    cache_gib: Positive = Field(16.0, description="GiB of copies kept there; the least recently used that nobody uses go first")
     refresh: RefreshSettings = RefreshSettings()
     corrections: CorrectionSettings = CorrectionSettings()
     pool: PoolSettings = PoolSettings()
@@ -226,6 +237,11 @@ class TrainingSettings(Section):
     epochs: Count = Field(14, description="passes over the training split")
     batch_size: Count = Field(32, description="pairs per worker and step")
     workers: Count | None = Field(None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs")
+    min_workers: Count | None = Field(
+        None,
+        description="go on with as few as this when nodes are lost, and grow to `workers` when they return (elastic); needs "
+        "whole CPUs and GPUs per worker. Unset: always `workers`",
+    )
     cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")
     gpus_per_worker: float | None = Field(
         None, gt=0, le=1, description="GPUs reserved by a worker. Unset: one, or three quarters where the pool must share it"
@@ -239,6 +255,11 @@ class TrainingSettings(Section):
     evaluate_every: Natural = Field(3, description="epochs between evaluations on the validation split; 0: never")
     checkpoint_every: Count = Field(1, description="epochs between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    upload: Literal["async", "sync"] = Field("async", description="train on while a checkpoint is copied to storage, or wait")
+    preemption_steps: Natural = Field(
+        50,
+        description="steps between looks for a notice that a node will be taken away, on which a checkpoint is saved; 0: never",
+    )
     max_failures: Natural = Field(2, description="times a failed worker group is restarted from its checkpoint")
 
 
@@ -271,6 +292,14 @@ class Settings(Section):
             raise ValueError("ask.coarse reads prototypes but ask.prototypes is 0: set it above 0 or ask.coarse to false")
         if ask.enabled and ask.negatives == "knowledge" and not ask.fine:
             raise ValueError("ask.negatives=knowledge reads single entries: set ask.fine to true or choose another source")
+        training = self.training
+        if training.min_workers is not None:
+            if training.workers is None or training.min_workers > training.workers:
+                raise ValueError("training.min_workers needs training.workers, set to as many or more")
+            if any(share is not None and share % 1 for share in (training.cpus_per_worker, training.gpus_per_worker)):
+                raise ValueError(
+                    "training.min_workers: elastic workers reserve whole CPUs and GPUs; make training.cpus_per_worker whole"
+                )
         if data.min_seconds > data.max_seconds:
             raise ValueError("data.min_seconds is above data.max_seconds: no clip could be used")
         if data.corpus == "folder" and data.folder.path is None:
@@ -285,6 +314,25 @@ class Settings(Section):
             )
         if refresh.policy == "adaptive" and refresh.signal == "probe" and self.knowledge.drift_probe == 0:
             raise ValueError("knowledge.refresh.signal=probe needs entries to probe: set knowledge.drift_probe above 0")
+        sources = self.knowledge.sources
+        if not sources:
+            raise ValueError("knowledge.sources is empty: name at least one, such as train")
+        if len(set(sources)) < len(sources):
+            raise ValueError(f"knowledge.sources names a source twice ({', '.join(sources)}): name each once")
+        if ask.enabled and refresh.policy == "adaptive" and refresh.signal == "batch" and "train" not in sources:
+            raise ValueError(
+                "knowledge.refresh.signal=batch reads the run's own entries: put train among knowledge.sources, or use "
+                "signal probe"
+            )
+        corrections = self.knowledge.corrections
+        if ask.enabled and (corrections.write_back or corrections.drift_map) and "train" not in sources:
+            raise ValueError(
+                "knowledge.corrections come from the run's own pairs: put train among knowledge.sources, or switch write_back "
+                "and drift_map off"
+            )
+        cache = self.knowledge.cache
+        if cache is not None and not Path(cache).expanduser().is_absolute():
+            raise ValueError(f"knowledge.cache is {cache}, but means a folder on every node: give an absolute path")
         if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
             raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")
         return self

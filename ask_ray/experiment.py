@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from typing import Any
@@ -17,7 +18,8 @@ from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.journal import Journal
-from ask_ray.storage import Folder
+from ask_ray.knowledge.cache import Cache
+from ask_ray.storage import Folder, masked
 from ask_ray.training import trainer
 from ask_ray.training.trainer import RunPlace
 
@@ -33,6 +35,9 @@ MAY_CHANGE = (
     "training.device",
     "training.max_failures",
     "knowledge.pool",
+    "knowledge.cache",
+    "run.storage",
+    "data.prepared",
 )
 
 
@@ -52,6 +57,8 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     settings = cluster.fitted(settings)
     place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))
     place.storage.check_writable("run.storage")
+    if place.storage.local is None:
+        Folder(str(Cache.of(settings.knowledge).root)).check_writable("knowledge.cache")
     continued = _check_same(settings, place)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
@@ -93,8 +100,8 @@ def _check_same(settings: Settings, place: RunPlace) -> bool:
     if differing:
         told = ", ".join(f"{key} ({old.get(key)} there, {new[key]} here)" for key in differing)
         raise SettingsError(
-            f"run.name: {place.folder} was made with other settings: {told}. Choose another run.name, or continue it with "
-            f"--config {place.folder}/settings.yaml"
+            f"run.name: {place.folder} was made with other settings: {masked(told)}. Choose another run.name, or continue it "
+            f"with --config {place.folder / 'settings.yaml'}"
         )
     return True
 
@@ -108,7 +115,7 @@ def prepared(settings: Settings, console: Console) -> Corpus:
         bar.update(task, completed=count, total=count)
     counts = ", ".join(f"{corpus.clips(split)} {split}" for split in corpus.manifest["splits"])
     rejected = corpus.rejected()
-    aside = f"{sum(rejected.values())} set aside {rejected}, see {corpus.folder}/rejected" if rejected else "none set aside"
+    aside = f"{sum(rejected.values())} set aside {rejected}, see {corpus.folder / 'rejected'}" if rejected else "none set aside"
     console.print(f"Corpus {corpus.folder}: {counts} clips; {aside}")
     return corpus
 
@@ -221,8 +228,8 @@ def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: l
         f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
         f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"
     )
-    console.print(f"Results   {place.folder}/result.json")
+    console.print(f"Results   {place.folder / 'result.json'}")
     console.print(f"Pictures  {', '.join(pictures)}")
     if recorder.where:
         console.print(f"MLflow    {recorder.where}")
-    console.print(f'Next      python jobs/search.py --run {place.folder} "a dog barks"', soft_wrap=True)
+    console.print(f'Next      python jobs/search.py --run {shlex.quote(str(place.folder))} "a dog barks"', soft_wrap=True)

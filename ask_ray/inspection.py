@@ -46,10 +46,9 @@ class OpenedRun:
             CheckpointError: if it holds no whole checkpoint.
         """
         folder = Folder.at(run)
-        storage, _, name = folder.uri.rpartition("/")
         with checkpoint.newest(folder) as local:
             model, settings, stood = checkpoint.open_model(local)
-        return cls(RunPlace(Folder(storage), name), model, settings, stood)
+        return cls(RunPlace(folder.parent, folder.name), model, settings, stood)
 
     def knowledge(self) -> Snapshot:
         """The newest version of the run's knowledge base.
@@ -102,7 +101,7 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         known = opened.knowledge()
         vector = _heard(path, opened) if by_audio else opened.model.encode_text(*opened.model.tokenise([query]))
     index = known.text_index if by_audio else known.audio_index
-    found = _ranked(index.search(vector.numpy(), min(len(known.entries.ids), top * known.entries.most_per_clip)), known, top)
+    found = _ranked(index.search(vector.numpy(), min(len(known.entries), top * known.entries.most_per_clip)), known, top)
     table = Table(title=f"{'Captions' if by_audio else 'Clips'} nearest to {query!r} in v{known.version} of {opened.place.name}")
     for heading in ("rank", "score", "clip", "caption"):
         table.add_column(heading, justify="right" if heading in ("rank", "score") else "left", overflow="fold")
@@ -117,8 +116,8 @@ def _ranked(found: tuple[np.ndarray, np.ndarray], known: Snapshot, top: int) -> 
     best: dict[str, tuple[float, str, str]] = {}
     for score, entry in zip(found[0][0], found[1][0], strict=True):
         if entry >= 0:
-            clip = known.entries.ids[entry]
-            best.setdefault(clip, (float(score), clip, known.entries.captions[entry]))
+            clip, caption = known.entries.ids[entry].as_py(), known.entries.captions[entry].as_py()
+            best.setdefault(clip, (float(score), clip, caption))
     return list(best.values())[:top]
 
 
@@ -143,4 +142,4 @@ def _newest_run(storage: str) -> str:
     finished = [name for name in home.names() if (home / name).exists("result.json")]
     if not finished:
         raise SettingsError(f"--storage: no finished run is in {home}: train one with jobs/train.py, or give --run")
-    return str(home / max(finished, key=lambda name: (home / name).changed("result.json")))
+    return (home / max(finished, key=lambda name: (home / name).changed("result.json"))).uri

@@ -83,7 +83,7 @@ def draw(folder: Folder, events: Events, result: dict[str, Any]) -> list[str]:
         figure.savefig(buffer, dpi=120, bbox_inches="tight")
         plt.close(figure)
         (folder / "pictures").write(name, buffer.getvalue())
-        places.append(f"{folder}/pictures/{name}")
+        places.append(str(folder / "pictures" / name))
     return places
 
 

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from ask_ray.config import UserError
+
+#: What may stand in the query of an ``s3://`` URI.
+S3_OPTIONS = ("region", "scheme", "endpoint_override")
 
 
 class StorageError(UserError, OSError):
     """Storage that cannot be reached, read or written. The message names the place and what to do."""
 
 
-@dataclass(frozen=True)
+def masked(text: str) -> str:
+    """A text whose URIs show no credentials."""
+    return re.sub(r"://[^@?\s]*:[^@?\s]*@", "://***@", text)
+
+
+@dataclass(frozen=True, repr=False)
 class Folder:
     """A folder on any storage that :mod:`pyarrow.fs` knows: a local path, ``file://``, ``s3://``, ``gs://``.
 
-    Picklable, so that actors and workers can be handed one.
+    ``s3://[KEY:SECRET@]bucket/path[?region=…&endpoint_override=host:port&scheme=http]``: what the URI leaves out comes from the
+    places that AWS's tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``~/.aws``, …). Picklable, so that actors and
+    workers can be handed one; `uri` is what opens it again, :class:`str` what may be shown.
+
+    Methods that reach for the storage raise :class:`StorageError` if it fails them.
     """
 
     uri: str
@@ -32,19 +50,37 @@ class Folder:
     def at(cls, place: str) -> Folder:
         """The folder at a path or URI; a relative local path is made absolute, so that it means the same everywhere."""
         if "://" in place:
-            return cls(place.rstrip("/"))
+            scheme, _, path = place.partition("://")
+            path, mark, query = path.partition("?")
+            return cls(f"{scheme}://{path.rstrip('/')}{mark}{query}")
         return cls(str(Path(place).expanduser().resolve()))
 
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The URI up to its query, and the query with its question mark, if there is one."""
+        path, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return path, mark + query
+
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}")
+        path, query = self._parts
+        return Folder(f"{path}/{name}{query}")
 
     def __str__(self) -> str:
-        return self.uri
+        return masked(self.uri)
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self)!r})"
 
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return self.uri.rpartition("/")[2]
+        return self._parts[0].rpartition("/")[2]
+
+    @property
+    def parent(self) -> Folder:
+        """The folder that holds this one."""
+        path, query = self._parts
+        return Folder(path.rpartition("/")[0] + query)
 
     @property
     def local(self) -> Path | None:
@@ -56,29 +92,56 @@ class Folder:
         """The filesystem and the path in it.
 
         Raises:
-            StorageError: if the URI's scheme or host is unknown.
+            StorageError: if the URI cannot be understood, or nothing is known of its scheme, host or region.
         """
+        path, query = self._parts
         try:
+            if path.startswith("s3://"):
+                host, _, key = path.removeprefix("s3://").partition("/")
+                endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+                filesystem, bucket = _s3(host, query, endpoint, os.getpid())
+                return filesystem, f"{bucket}/{key}".rstrip("/")
             filesystem, path = fs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
-            raise StorageError(f"{self.uri}: not a place that can be opened ({error}); give a path or a URI") from error
+            raise StorageError(f"{self}: not a place that can be opened ({masked(str(error))}); give a path or a URI") from error
         return filesystem, path
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[tuple[fs.FileSystem, str]]:
+        """:meth:`resolve`, and what goes wrong with it as a StorageError; what is not there stays FileNotFoundError."""
+        found = self.resolve()
+        try:
+            yield found
+        except (FileNotFoundError, StorageError):
+            raise
+        except OSError as error:
+            raise StorageError(f"{self}: {error}") from error
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
-        filesystem, path = self.resolve()
-        return bool(filesystem.get_file_info(f"{path}/{name}" if name else path).type != fs.FileType.NotFound)
+        with self._reached() as (filesystem, path):
+            return bool(filesystem.get_file_info(f"{path}/{name}" if name else path).type != fs.FileType.NotFound)
 
     def changed(self, name: str) -> float:
         """When a file was last changed, in seconds (Unix); 0 if the storage does not say."""
-        filesystem, path = self.resolve()
-        return (filesystem.get_file_info(f"{path}/{name}").mtime_ns or 0) / 1e9
+        with self._reached() as (filesystem, path):
+            return (filesystem.get_file_info(f"{path}/{name}").mtime_ns or 0) / 1e9
 
     def names(self) -> list[str]:
         """Names of the files and folders in it, sorted; empty if the folder does not exist."""
-        filesystem, path = self.resolve()
-        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        with self._reached() as (filesystem, path):
+            found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in found)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[NativeFile]:
+        """A file to read from at any place.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        with self._reached() as (filesystem, path), filesystem.open_input_file(f"{path}/{name}") as stream:
+            yield stream
 
     def read(self, name: str) -> bytes:
         """The content of a file.
@@ -86,26 +149,26 @@ class Folder:
         Raises:
             FileNotFoundError: if it is not there.
         """
-        filesystem, path = self.resolve()
-        with filesystem.open_input_stream(f"{path}/{name}") as stream:
+        with self.open(name) as stream:
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole: on a local filesystem under a temporary name first, so that no reader sees half of it."""
-        filesystem, path = self.resolve()
-        filesystem.create_dir(path, recursive=True)
-        local = isinstance(filesystem, fs.LocalFileSystem)
-        target = f"{path}/{name}"
-        written = f"{path}/.{name}.{uuid.uuid4().hex}" if local else target
-        try:
-            with filesystem.open_output_stream(written) as stream:
-                stream.write(content)
-        except BaseException:
+        """Write a file whole, so that no reader sees half of it: object stores show an object when it is complete, and on
+        a local filesystem it has a temporary name until then."""
+        with self._reached() as (filesystem, path):
+            filesystem.create_dir(path, recursive=True)
+            local = isinstance(filesystem, fs.LocalFileSystem)
+            target = f"{path}/{name}"
+            written = f"{path}/.{name}.{uuid.uuid4().hex}" if local else target
+            try:
+                with filesystem.open_output_stream(written) as stream:
+                    stream.write(content)
+            except BaseException:
+                if local:
+                    Path(written).unlink(missing_ok=True)
+                raise
             if local:
-                Path(written).unlink(missing_ok=True)
-            raise
-        if local:
-            Path(written).replace(target)
+                Path(written).replace(target)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""
@@ -117,23 +180,32 @@ class Folder:
 
     def upload(self, source: Path) -> None:
         """Copy a local folder's files here."""
-        filesystem, path = self.resolve()
-        filesystem.create_dir(path, recursive=True)
-        fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+        with self._reached() as (filesystem, path):
+            filesystem.create_dir(path, recursive=True)
+            fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
 
     def download(self, target: Path) -> None:
-        """Copy this folder's files to a local folder."""
-        filesystem, path = self.resolve()
-        target.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        """Copy this folder's files to a local folder.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        with self._reached() as (filesystem, path):
+            target.mkdir(parents=True, exist_ok=True)
+            fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if it is not there."""
+        with contextlib.suppress(FileNotFoundError), self._reached() as (filesystem, path):
+            filesystem.delete_file(f"{path}/{name}")
 
     def delete(self) -> None:
         """Remove the folder and all in it; nothing happens if it is not there."""
         local = self.local
         if local is not None:
             shutil.rmtree(local, ignore_errors=True)
-        elif self.exists():
-            filesystem, path = self.resolve()
+            return
+        with contextlib.suppress(FileNotFoundError), self._reached() as (filesystem, path):
             filesystem.delete_dir(path)
 
     def check_writable(self, setting: str) -> None:
@@ -145,10 +217,50 @@ class Folder:
         probe = f".write-test-{uuid.uuid4().hex}"
         try:
             self.write(probe, b"")
-            filesystem, path = self.resolve()
-            filesystem.delete_file(f"{path}/{probe}")
+            self.remove(probe)
         except OSError as error:
-            raise StorageError(f"{setting}: cannot write to {self.uri} ({error}); choose a folder you can write") from error
+            raise StorageError(f"{setting}: cannot write to {_cause(self, error)}; choose a folder you can write") from error
+
+    def check_readable(self, setting: str) -> None:
+        """Ask whether the folder is there; that it is not is no error.
+
+        Raises:
+            StorageError: naming `setting`, the place and the cause.
+        """
+        try:
+            self.exists()
+        except OSError as error:
+            raise StorageError(f"{setting}: cannot read from {_cause(self, error)}; choose a folder you can read") from error
+
+
+def _cause(folder: Folder, error: OSError) -> str:
+    """A place and why it failed, naming the place once."""
+    return f"{folder} ({str(error).removeprefix(f'{folder}: ')})"
+
+
+@lru_cache(maxsize=16)
+def _s3(host: str, query: str, endpoint: str, process: int) -> tuple[fs.S3FileSystem, str]:
+    """The filesystem and the bucket of an ``s3://`` URI.
+
+    Args:
+        endpoint: URL of the server if the query names none; empty for AWS's.
+        process: this one: after a fork it needs connections of its own.
+
+    Made here rather than by :meth:`pyarrow.fs.FileSystem.from_uri`, whose clients go on trying a dead server for many times as
+    long, and which asks AWS for the region even where an endpoint is given.
+    """
+    credentials, _, bucket = host.rpartition("@")
+    key, _, secret = (unquote(part) for part in credentials.partition(":"))
+    options = dict(parse_qsl(query.removeprefix("?")))
+    if not bucket or ":" in bucket:
+        raise ValueError("no bucket is named, or special characters of the credentials are not percent-encoded")
+    if unknown := options.keys() - S3_OPTIONS:
+        raise ValueError(f"its query may hold {', '.join(S3_OPTIONS)}, not {', '.join(sorted(unknown))}")
+    if endpoint and "endpoint_override" not in options:
+        options["scheme"], _, options["endpoint_override"] = endpoint.rstrip("/").partition("://")
+    if "region" not in options:
+        options["region"] = "us-east-1" if "endpoint_override" in options else fs.resolve_s3_region(bucket)
+    return fs.S3FileSystem(access_key=key or None, secret_key=secret or None, **options), bucket
 
 
 def digest_bytes(content: bytes) -> str:

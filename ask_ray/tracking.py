@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ask_ray.config import Settings, SettingsError, flat
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, masked
 
 #: MLflow takes at most 100 parameters in a call.
 PARAMS_AT_ONCE = 100
@@ -88,10 +88,10 @@ class Recorder:
         from mlflow.entities import Param
 
         values = flat(self._settings.model_dump(mode="json"))
-        params = [Param(key, str(value)) for key, value in values.items()]
+        params = [Param(key, masked(str(value))) for key, value in values.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             self._client.log_batch(self._run_id, params=params[start : start + PARAMS_AT_ONCE])
-        self._client.log_text(self._run_id, self._settings.to_yaml(), "settings.yaml")
+        self._client.log_text(self._run_id, masked(self._settings.to_yaml()), "settings.yaml")
 
     def _record(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -121,7 +121,7 @@ class Recorder:
         self._client.log_dict(self._run_id, result, "result.json")
         with tempfile.TemporaryDirectory() as folder:
             for picture in pictures:
-                name = Path(picture).name
+                name = Folder(picture).name
                 (Path(folder) / name).write_bytes((self._folder / "pictures").read(name))
                 self._client.log_artifact(self._run_id, str(Path(folder) / name), "pictures")
         self._client.set_terminated(self._run_id, "FINISHED")

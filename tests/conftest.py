@@ -1,6 +1,12 @@
-"""What tests share: one Ray session, small recordings on disk, a prepared corpus."""
+"""What tests share: one Ray session, small recordings on disk, a prepared corpus, object storage on this machine."""
 
-from collections.abc import Iterator
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +18,79 @@ import soundfile
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nothing is asked for credentials but what a test sets
+
+
+@dataclass
+class S3:
+    """An S3 server of its own on a free port of this machine, with an empty bucket named `bucket`."""
+
+    process: subprocess.Popen
+    port: int
+    key: str = "a-key"
+    secret: str = "a-s3cr3t"
+
+    @classmethod
+    def start(cls, **environment: str) -> "S3":
+        """A server that answers."""
+        import boto3
+
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        made = cls(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL), port)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        boto3.client(
+            "s3",
+            endpoint_url=made.endpoint,
+            aws_access_key_id=made.key,
+            aws_secret_access_key=made.secret,
+            region_name="us-east-1",
+        ).create_bucket(Bucket="bucket")
+        return made
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def uri(self, path: str, secret: str | None = None) -> str:
+        """`bucket/path` as a URI that every process can open, whatever its environment."""
+        return f"s3://{self.key}:{secret or self.secret}@{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """The object storage that tests share: each takes a folder of its own."""
+    server = S3.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start_s3() -> Iterator[Callable[..., S3]]:
+    """A function that starts a server to break, with environment variables of its own."""
+    started = []
+
+    def start(**environment: str) -> S3:
+        started.append(S3.start(**environment))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
 
 
 def tone(seconds: float, rate: int, hz: float = 440.0, channels: int = 1, level: float = 0.3) -> np.ndarray:

@@ -54,11 +54,14 @@ OUTSIDE = {
     "knowledge.probes": [0],
     "knowledge.drift_probe": [-1],
     "knowledge.keep": [0],
+    "knowledge.cache_gib": [0, float("nan")],
     "knowledge.refresh.interval": [0],
     "knowledge.refresh.threshold": [0],
     "knowledge.refresh.probe_steps": [0],
     "knowledge.refresh.min_interval": [0],
     "knowledge.refresh.max_interval": [0],
+    "training.min_workers": [0],
+    "training.preemption_steps": [-1],
     "knowledge.corrections.map_interval": [0],
     "knowledge.corrections.ridge": [0],
     "knowledge.refresh.warmup_epochs": [-0.1],
@@ -94,6 +97,17 @@ IMPOSSIBLE = [
     ({"data.min_seconds": 3.0, "data.max_seconds": 2.0}, ("data.min_seconds", "data.max_seconds")),
     ({"data.corpus": "folder"}, ("data.folder.path",)),
     ({"data.folder.validation": 0.5, "data.folder.test": 0.5}, ("data.folder.validation", "data.folder.test")),
+    ({"knowledge.sources": []}, ("knowledge.sources",)),
+    ({"knowledge.sources": ["/other", "train", "/other"]}, ("knowledge.sources", "/other")),
+    (
+        {"knowledge.sources": ["/other"], "knowledge.refresh.policy": "adaptive"},
+        ("knowledge.refresh.signal", "knowledge.sources"),
+    ),
+    (
+        {"knowledge.sources": ["/other"], "knowledge.corrections.write_back": True},
+        ("knowledge.corrections", "knowledge.sources"),
+    ),
+    ({"knowledge.cache": "copies"}, ("knowledge.cache",)),
     ({"knowledge.pool.min_actors": 2}, ("knowledge.pool.min_actors", "knowledge.pool.max_actors")),
 ]
 
@@ -154,6 +168,8 @@ def values_of(name: str) -> st.SearchStrategy:
         return st.sampled_from(kind.__args__)
     if name == "knowledge.pool.node_labels":
         return st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text("xyz-1é", max_size=4), max_size=2)
+    if name == "knowledge.sources":
+        return st.lists(st.sampled_from(["train", "s3://bucket/clotho", "a folder/ünïcode"]), min_size=1, unique=True)
     if name == "run.name":
         return st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)
     words = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).map(lambda text: f"/a {text}")
@@ -255,6 +271,14 @@ def test_what_is_no_mapping_of_settings_is_refused(document, capsys, tmp_path):
         load(document, "here.yaml")
     (tmp_path / "x.yaml").write_text(document)
     refused(capsys, "--config", str(tmp_path / "x.yaml"))
+
+
+def test_sources_are_a_list_on_the_command_line_and_in_yaml(tmp_path):
+    assert Settings().knowledge.sources == ["train"]
+    assert read("--knowledge.sources", "[train, s3://bucket/clotho]").knowledge.sources == ["train", "s3://bucket/clotho"]
+    assert read("--knowledge.sources+", "/other").knowledge.sources == ["train", "/other"]
+    (tmp_path / "x.yaml").write_text("knowledge: {sources: [/other]}")
+    assert read("--config", str(tmp_path / "x.yaml")).knowledge.sources == ["/other"]
 
 
 def test_an_empty_document_means_the_defaults():

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,127 @@ def test_a_file_and_its_bytes_have_one_digest(size, tmp_path):
 def test_a_digest_sees_every_byte():
     assert len({digest_bytes(b"abc"), digest_bytes(b"abd"), digest_bytes(b"abc\0")}) == 3
     assert digest_bytes(b"") == "cae66941d9efbd404e4d88758ea67670"
+
+
+# --- object storage ---
+
+
+def s3_folder(s3, name: str) -> Folder:
+    return Folder.at(s3.uri(f"bucket/{name}"))
+
+
+def test_the_query_of_a_uri_stays_at_its_end_and_its_secret_unseen():
+    folder = Folder.at("s3://key:a%2Fb@bucket/runs/?region=eu-west-1&endpoint_override=host:1") / "one"
+    assert folder.uri == "s3://key:a%2Fb@bucket/runs/one?region=eu-west-1&endpoint_override=host:1"
+    assert folder.name == "one"
+    assert folder.parent == Folder.at("s3://key:a%2Fb@bucket/runs?region=eu-west-1&endpoint_override=host:1")
+    assert str(folder) == "s3://***@bucket/runs/one?region=eu-west-1&endpoint_override=host:1"
+    assert "a%2Fb" not in repr(folder)
+    assert folder.resolve()[1] == "bucket/runs/one"
+    assert folder.resolve()[0].region == "eu-west-1"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a@b:c", "/tmp/a?b://c", "gs://bucket/x", "s3://bucket/x?region=r"])
+def test_what_holds_no_secret_is_shown_as_it_is(uri):
+    assert str(Folder(uri)) == uri
+
+
+@given(secret=st.text(st.characters(codec="utf-8", exclude_characters="@? \t\n", exclude_categories=("C", "Z")), min_size=5))
+def test_no_secret_is_ever_shown(secret):
+    folder = Folder.at(f"s3://the-key:{secret}@bucket/x?nonsense=1")
+    with pytest.raises(StorageError) as refusal:
+        folder.resolve()
+    assert f"{secret}@" not in f"{folder} {folder!r} {refusal.value}"
+
+
+def test_a_tree_on_s3_comes_back(s3, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "deep").mkdir(parents=True)
+    (source / "a").write_bytes(b"1")
+    (source / "deep" / "b c").write_bytes(os.urandom(6 << 20))
+    folder = s3_folder(s3, "tree") / "x"
+    assert (folder.exists(), folder.names(), folder.changed("a")) == (False, [], 0)
+    folder.upload(source)
+    folder.write("late", b"2")
+    assert folder.names() == ["a", "deep", "late"]
+    assert folder.exists("a")
+    assert abs(folder.changed("late") - time.time()) < 60
+    pickle.loads(pickle.dumps(folder)).download(target)
+    assert {path.name: path.read_bytes() for path in walk_files(target)} == {
+        "a": b"1", "b c": (source / "deep" / "b c").read_bytes(), "late": b"2",
+    }  # fmt: skip
+    with folder.open("deep/b c") as stream:
+        stream.seek(6 << 20 >> 1)
+        assert stream.read(4) == (source / "deep" / "b c").read_bytes()[6 << 20 >> 1 :][:4]
+
+
+def test_deleting_on_s3_takes_the_folder_and_nothing_beside_it(s3):
+    home = s3_folder(s3, "deleting")
+    for name in ("v1", "v10"):
+        (home / name).write("a", b"")
+    (home / "v1").remove("a")
+    (home / "v1").remove("a")
+    assert not (home / "v1").exists("a")
+    (home / "v1").delete()
+    (home / "v1").delete()
+    assert home.names() == ["v10"]
+    assert (home / "v10").names() == ["a"]
+
+
+def test_what_the_uri_leaves_out_comes_from_the_environment(s3, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", s3.key), ("SECRET_ACCESS_KEY", s3.secret), ("ENDPOINT_URL", s3.endpoint)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    Folder.at("s3://bucket/environment").write("a", b"1")
+    assert s3_folder(s3, "environment").read("a") == b"1"
+
+
+def test_a_check_on_s3_leaves_nothing_behind(s3):
+    folder = s3_folder(s3, "checked")
+    folder.check_readable("run.storage")
+    folder.check_writable("run.storage")
+    assert folder.names() == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://bucket/x?regoin=eu-west-1", "regoin"),
+        ("s3://key:a/b@bucket/x?region=r", "percent-encoded"),
+        ("s3://", "no bucket"),
+    ],
+)
+def test_a_uri_that_cannot_be_understood_is_refused(uri, told):
+    with pytest.raises(StorageError, match=rf"^run\.storage: .*{told}"):
+        Folder.at(uri).check_writable("run.storage")
+
+
+def test_a_bucket_that_does_not_exist_is_refused(s3):
+    with pytest.raises(StorageError, match=r"^run\.storage: .*no-bucket.*not found"):
+        Folder.at(s3.uri("no-bucket/x")).check_writable("run.storage")
+
+
+def test_wrong_credentials_are_refused(start_s3):
+    folder = Folder.at(start_s3(INITIAL_NO_AUTH_ACTION_COUNT="1").uri("bucket/x", secret="not-this-one"))
+    for check in (folder.check_writable, folder.check_readable):
+        with pytest.raises(StorageError, match=r"^data\.prepared: .*ACCESS_DENIED") as refusal:
+            check("data.prepared")
+        assert "not-this-one" not in str(refusal.value)
+
+
+def test_storage_that_goes_away_is_an_error_with_its_place_within_seconds(start_s3, tmp_path):
+    server = start_s3()
+    folder = s3_folder(server, "gone")
+    folder.write("a", b"1")
+    (tmp_path / "a").write_bytes(b"1")
+    server.stop()
+    started = time.monotonic()
+    for act in (
+        folder.names, folder.delete, lambda: folder.read("a"), lambda: folder.write("a", b"2"),
+        lambda: folder.upload(tmp_path), lambda: folder.download(tmp_path / "b"),
+    ):  # fmt: skip
+        with pytest.raises(StorageError, match=r"s3://\*\*\*@bucket/gone.*connect"):
+            act()
+    for check in (folder.check_writable, folder.check_readable):
+        with pytest.raises(StorageError, match=r"run\.storage: .*connect"):
+            check("run.storage")
+    assert time.monotonic() - started < 60

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from ask_ray.config import SettingsError
@@ -50,12 +53,18 @@ class Corpus:
         """Open a prepared corpus.
 
         Raises:
-            SettingsError: if the folder holds no finished corpus.
+            SettingsError: if the folder holds no finished corpus, or its manifest is another file's.
         """
         folder = Folder.at(place)
         if not folder.exists("manifest.json"):
             raise SettingsError(f"{folder}: no prepared corpus is there (manifest.json is missing); run jobs/prepare.py")
-        return cls(folder, folder.read_json("manifest.json"))
+        try:
+            manifest = folder.read_json("manifest.json")
+        except ValueError as error:
+            raise SettingsError(f"{folder / 'manifest.json'}: not JSON ({error}); prepare the corpus anew") from error
+        if not isinstance(manifest, dict) or set(manifest.get("splits", ())) != set(SPLITS):
+            raise SettingsError(f"{folder / 'manifest.json'}: not the manifest of a prepared corpus; run jobs/prepare.py")
+        return cls(folder, manifest)
 
     @property
     def sample_rate(self) -> int:
@@ -87,15 +96,42 @@ class Corpus:
             made += [Group(file["name"], n, min(ROW_GROUP, file["clips"] - start)) for n, start in enumerate(starts)]
         return made
 
+    def columns(self, split: str) -> list[str]:
+        """Names of the columns that the split's files have; none if the split has no clips."""
+        return list(self._files(split).schema.names)
+
+    def ids(self, split: str) -> list[str]:
+        """Ids of the split's clips in the order of the corpus. Reads that one column."""
+        files = self._files(split)
+        return list(files.to_table(columns=["id"]).column("id").to_pylist()) if files.files else []
+
+    def waveforms(self, split: str, places: Iterable[int]) -> dict[int, np.ndarray]:
+        """The samples of clips by their places in the order of the corpus, (samples,) int16 each; reads their row groups."""
+        groups = self.groups(split)
+        ends = np.cumsum([group.clips for group in groups])
+        wanted: dict[int, list[int]] = {}
+        for place in places:
+            wanted.setdefault(int(np.searchsorted(ends, place, side="right")), []).append(place)
+        found: dict[int, np.ndarray] = {}
+        for number, held in wanted.items():
+            rows = self.read(groups[number])
+            start = int(ends[number]) - len(rows)
+            found |= {place: rows.waveform(place - start).copy() for place in held}
+        return found
+
     def read(self, group: Group) -> ClipRows:
         """Read one row group."""
-        filesystem, path = (self.folder / "clips" / group.file).resolve()
-        with filesystem.open_input_file(path) as stream:
+        with (self.folder / "clips").open(group.file) as stream:
             table = pq.ParquetFile(stream).read_row_group(group.number, columns=["id", "captions", "waveform"])
         waveform = table.column("waveform").combine_chunks()
         offsets = waveform.offsets.to_numpy()
         samples = waveform.values.to_numpy()
         return ClipRows(table.column("id").to_pylist(), table.column("captions").to_pylist(), samples, offsets)
+
+    def _files(self, split: str) -> pa.dataset.FileSystemDataset:
+        filesystem, path = (self.folder / "clips").resolve()
+        paths = [f"{path}/{file['name']}" for file in self._split(split)["files"]]
+        return pa.dataset.dataset(paths, filesystem=filesystem, format="parquet")
 
     def _split(self, split: str) -> dict[str, Any]:
         if split not in SPLITS:

@@ -22,7 +22,7 @@ from ask_ray.config import DataSettings, SettingsError, UserError
 from ask_ray.data.corpora import Shard, Source, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS, Clip, Rejection
-from ask_ray.storage import Folder, digest_bytes
+from ask_ray.storage import Folder, digest_bytes, masked
 
 Progress = Callable[[int, int], None]
 
@@ -40,12 +40,13 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
 
     Raises:
         SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot.
-        StorageError: if `data.prepared` cannot be written.
+        StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written.
         PreparingFailed: if a task fails; what is finished is kept.
     """
     source = source_of(data)
     home = Folder.at(data.prepared)
     folder = home / f"{data.corpus}-{_fingerprint(data, source)}"
+    home.check_readable("data.prepared")
     if not folder.exists("manifest.json"):
         home.check_writable("data.prepared")
         shards = source.shards()
@@ -58,7 +59,7 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
                 "mended, the same command goes on from there"
             ) from error
         _write_manifest(data, folder, source, written)
-    return Corpus.open(str(folder))
+    return Corpus.open(folder.uri)
 
 
 def _innermost(error: BaseException) -> str:
@@ -172,7 +173,7 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
     for row in written:
         reasons.update(row.pop("reasons"))
     rejected = sum(reasons.values())
-    told = f"{rejected} of {source.recordings()} recordings were set aside ({dict(reasons)}); see {folder}/rejected"
+    told = f"{rejected} of {source.recordings()} recordings were set aside ({dict(reasons)}); see {folder / 'rejected'}"
     if not any(row["clips"] for row in written if row["split"] == "train"):
         raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {told}")
     if rejected > data.max_rejected * source.recordings():
@@ -185,7 +186,7 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
             "sample_rate": data.sample_rate,
             "splits": {split: _summary([row for row in written if row["split"] == split]) for split in SPLITS},
             "rejected": dict(sorted(reasons.items())),
-            "settings": data.model_dump(mode="json"),
+            "settings": {**data.model_dump(mode="json"), "prepared": masked(data.prepared)},
         },
     )
 

@@ -1,12 +1,13 @@
-"""Re-encoding a knowledge source with a Ray Data actor pool.
+"""Re-encoding the knowledge sources with a Ray Data actor pool.
 
-The unit of work is a row group of the prepared corpus: an actor reads it and encodes it in batches of fixed make-up.
+The unit of work is a row group of a source's prepared corpus: an actor reads it and encodes it in batches of fixed make-up.
 Waveforms never cross the object store, rows can be counted per unit, and the embeddings are the same bits whichever
 actor encodes which unit, in whatever order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from ask_ray.data.batches import crop, pad
 from ask_ray.data.corpus import ClipRows, Corpus, Group
 from ask_ray.data.schema import id_number
 from ask_ray.knowledge.snapshot import Embeddings, Entries
+from ask_ray.knowledge.sources import Source
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 
@@ -33,16 +35,55 @@ class EncodingError(RuntimeError):
 class EncodingPlan:
     """What is encoded, with what.
 
-    corpus: place of the prepared corpus; split: which of its clips; captions_per_clip: entries made of each;
-    max_seconds: longer clips are cropped; seconds and names as in the settings.
+    sources: in the order of their entries, all at one sample rate; captions_per_clip: most entries made of each clip;
+    max_seconds: longer clips are cropped; model, pool: as in the settings.
     """
 
-    corpus: str
-    split: str
+    sources: tuple[Source, ...]
     captions_per_clip: int
     max_seconds: float
     model: ModelSettings
     pool: PoolSettings
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is encoded at once: a row group of a source. corpus: the source's, opened."""
+
+    source: Source
+    corpus: Corpus
+    group: Group
+
+    def __str__(self) -> str:
+        return f"row group {self.group.number} of {self.corpus.folder}/clips/{self.group.file}"
+
+    def read(self) -> ClipRows:
+        """Its clips."""
+        return self.corpus.read(self.group)
+
+
+def units(plan: EncodingPlan) -> list[Unit]:
+    """All that a plan encodes, in the order of the entries: by source, then as in the corpus.
+
+    Raises:
+        SettingsError: if a source holds no finished corpus.
+    """
+    opened = [(source, Corpus.open(source.corpus)) for source in plan.sources]
+    return [Unit(source, corpus, group) for source, corpus in opened for group in corpus.groups(source.split)]
+
+
+def probe_units(plan: EncodingPlan, clips: int) -> list[Unit]:
+    """The fewest units, evenly spread over those of all sources, that hold `clips` clips; all of them if no fewer do.
+
+    :meth:`ask_ray.knowledge.snapshot.Locator.find` tells which entries their rows are.
+    """
+    every = units(plan)
+    least = math.ceil(clips / max(unit.group.clips for unit in every))
+    for count in range(least, len(every)):
+        spread = [every[place] for place in np.linspace(0, len(every) - 1, count).round().astype(int)]
+        if sum(unit.group.clips for unit in spread) >= clips:
+            return spread
+    return every
 
 
 def encode_rows(model: DualEncoder, rows: ClipRows, plan: EncodingPlan, rate: int, device: torch.device) -> dict[str, Any]:
@@ -93,18 +134,17 @@ class Encoder:
     def __init__(self, plan: EncodingPlan, weights: list[ray.ObjectRef]) -> None:
         torch.set_num_threads(max(1, int(plan.pool.cpus)))
         self.device = torch.device("cuda" if plan.pool.gpus else "cpu")
-        self.corpus = Corpus.open(plan.corpus)
-        self.groups = self.corpus.groups(plan.split)
-        self.plan = plan
-        self.model = registry.build(plan.model, self.corpus.sample_rate)
+        self.plan, self.units = plan, units(plan)
+        self.rate = self.units[0].corpus.sample_rate
+        self.model = registry.build(plan.model, self.rate)
         self.model.load_state_dict(ray.get(weights[0]))
         self.model.to(self.device).eval()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Encode one row group; every row of the answer carries the group's number and its clips and rows."""
+        """Encode one unit; every row of the answer carries the unit's place in the plan and its clips and rows."""
         unit = int(batch["unit"][0])
-        rows = self.corpus.read(self.groups[unit])
-        columns = encode_rows(self.model, rows, self.plan, self.corpus.sample_rate, self.device)
+        rows = self.units[unit].read()
+        columns = encode_rows(self.model, rows, self.plan, self.rate, self.device)
         count = len(columns["id"])
         return {"unit": np.full(count, unit), "clips": np.full(count, len(rows)), "rows": np.full(count, count), **columns}
 
@@ -112,34 +152,33 @@ class Encoder:
 def encode(
     plan: EncodingPlan, weights: ray.ObjectRef, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Entries, Embeddings]:
-    """Encode a whole source with an actor pool.
+    """Encode all sources with an actor pool.
 
     Args:
         weights: reference to a state dict of the model that `plan.model` describes.
         progress: called with the clips done and all clips.
 
     Returns:
-        the entries in the order of the corpus, and their embeddings.
+        the entries in the order of the sources and of their corpora, and their embeddings.
 
     Raises:
         EncodingError: if rows are missing, double or not finite.
     """
-    corpus = Corpus.open(plan.corpus)
-    groups = corpus.groups(plan.split)
+    every = units(plan)
     found: dict[int, dict[str, np.ndarray]] = {}
-    total, done = sum(group.clips for group in groups), 0
-    for batch in _dataset(plan, weights, groups).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for unit in np.unique(batch["unit"]):
-            if int(unit) in found:
-                raise EncodingError(f"row group {unit} of {plan.corpus} came twice")
-            found[int(unit)] = {str(name): column[batch["unit"] == unit] for name, column in batch.items()}
-            done += groups[int(unit)].clips
+    total, done = sum(unit.group.clips for unit in every), 0
+    for batch in _dataset(plan, weights, len(every)).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for place in np.unique(batch["unit"]).tolist():
+            if place in found:
+                raise EncodingError(f"{every[place]} came twice")
+            found[place] = {str(name): column[batch["unit"] == place] for name, column in batch.items()}
+            done += every[place].group.clips
             progress(done, total)
-    _check(found, groups, plan)
-    columns = {name: np.concatenate([found[unit][name] for unit in sorted(found)]) for name in next(iter(found.values()))}
-    entries = Entries(
-        list(columns["id"]), columns["number"], list(columns["caption"]), columns["which"], [plan.corpus] * len(columns["id"])
-    )
+    _check(found, every)
+    parts = [found[place] for place in range(len(every))]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    sources = [unit.source.name for unit, part in zip(every, parts, strict=True) for _ in part["id"]]
+    entries = Entries.of_lists(list(columns["id"]), columns["number"], list(columns["caption"]), columns["which"], sources)
     return entries, Embeddings(_rows(columns["audio"]), _rows(columns["text"]))
 
 
@@ -147,7 +186,7 @@ def _rows(column: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack(list(column)), dtype=np.float32)
 
 
-def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, groups: list[Group]) -> ray.data.Dataset:
+def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, count: int) -> ray.data.Dataset:
     pool = plan.pool
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -156,8 +195,8 @@ def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, groups: list[Group]) ->
         cpu=pool.max_actors * pool.cpus, gpu=pool.max_actors * pool.gpus if pool.gpus else None
     )
     options: dict[str, Any] = {"label_selector": pool.node_labels} if pool.node_labels else {}
-    units = ray.data.from_items([{"unit": unit} for unit in range(len(groups))], override_num_blocks=len(groups))
-    return units.map_batches(
+    places = ray.data.from_items([{"unit": place} for place in range(count)], override_num_blocks=count)
+    return places.map_batches(
         Encoder,
         fn_constructor_args=(plan, [weights]),
         batch_size=1,
@@ -168,21 +207,20 @@ def _dataset(plan: EncodingPlan, weights: ray.ObjectRef, groups: list[Group]) ->
     )
 
 
-def _check(found: dict[int, dict[str, np.ndarray]], groups: list[Group], plan: EncodingPlan) -> None:
+def _check(found: dict[int, dict[str, np.ndarray]], every: list[Unit]) -> None:
     """Every clip of every unit is there with all its captions, each once, and every number is finite."""
-    for unit, group in enumerate(groups):
-        if unit not in found:
-            raise EncodingError(f"row group {unit} of {plan.corpus} is missing: {len(found)} of {len(groups)} came back")
-        rows = found[unit]
+    for place, unit in enumerate(every):
+        if place not in found:
+            raise EncodingError(f"{unit} is missing: {len(found)} of {len(every)} row groups came back")
+        rows = found[place]
         clips = len(np.unique(rows["number"]))
-        if clips != group.clips or int(rows["clips"][0]) != group.clips:
-            raise EncodingError(f"row group {unit} of {plan.corpus}: {clips} of {group.clips} clips came back")
+        if clips != unit.group.clips or int(rows["clips"][0]) != unit.group.clips:
+            raise EncodingError(f"{unit}: {clips} of {unit.group.clips} clips came back")
         different, made = len({*zip(rows["number"], rows["which"], strict=True)}), int(rows["rows"][0])
         if not different == len(rows["number"]) == made:
             raise EncodingError(
-                f"row group {unit} of {plan.corpus}: {len(rows['number'])} rows came back, {different} of them different, "
-                f"where {made} were made"
+                f"{unit}: {len(rows['number'])} rows came back, {different} of them different, where {made} were made"
             )
         for name in ("audio", "text"):
             if not np.isfinite(_rows(rows[name])).all():
-                raise EncodingError(f"row group {unit} of {plan.corpus}: {name} embeddings are not finite")
+                raise EncodingError(f"{unit}: {name} embeddings are not finite")

@@ -91,7 +91,7 @@ def open_mutable(path: Path) -> faiss.Index:
     """Open an index from a local file in memory of its own, on the CPU, for :func:`update` and :func:`remap`."""
     index = faiss.read_index(str(path))
     if isinstance(index, faiss.IndexIVF):
-        index.make_direct_map()  # from an entry to its place in the lists: FAISS does not keep one in the file by itself
+        index.make_direct_map()  # from an entry to its place in the lists, for updates
     return index
 
 

@@ -93,7 +93,7 @@ def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray
         "run": plan.run,
         "encoder_step": request.step,
         "reason": request.reason,
-        "sources": {plan.encoding.corpus: len(entries.ids)},
+        "sources": entries.per_source(),
         "started": started,
         "encode_seconds": encoded - started,
         "build_seconds": time.time() - encoded,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ask_ray.config import AskSettings
 from ask_ray.journal import Journal
+from ask_ray.knowledge.cache import Cache
 from ask_ray.knowledge.index import retrieve
 from ask_ray.knowledge.overlay import Overlay
 from ask_ray.knowledge.requests import AWAY
-from ask_ray.knowledge.snapshot import Embeddings, Entries, Snapshot, SnapshotError, open_snapshot
+from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries, Snapshot, SnapshotError, open_snapshot
 from ask_ray.storage import Folder
 
 #: Seconds between tries to read a version from storage that is away.
@@ -38,7 +39,8 @@ class Reading:
     """One granularity's answer to a batch.
 
     by_audio, by_text: the neighbourhoods that audio and text retrieved; audio, text: (U, d) float32 tables of the rows
-    they name, paired; numbers: (U,) int64 clip numbers of the table's rows, -1 for prototypes.
+    they name, paired; numbers: (U,) int64 clip numbers of the table's rows, -1 for prototypes; sources: (U,) int64, their
+    sources' places in :attr:`~ask_ray.knowledge.snapshot.Entries.sources`, -1 for prototypes.
     """
 
     by_audio: Neighbourhood
@@ -46,6 +48,7 @@ class Reading:
     audio: Tensor
     text: Tensor
     numbers: Tensor
+    sources: Tensor
 
 
 class Knowledge:
@@ -66,11 +69,10 @@ class Knowledge:
                 torch.from_numpy(array).to(device)
                 for array in (snapshot.audio, snapshot.text, snapshot.prototypes_audio, snapshot.prototypes_text)
             )
-        self._order = np.argsort(self.entries.numbers, kind="stable")
-        self._sorted = self.entries.numbers[self._order]
+        self._locator = self.entries.locator()
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self.entries)
 
     def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """Stored audio and text rows, (n, d) float32 each, of entries (n,) int64."""
@@ -85,13 +87,9 @@ class Knowledge:
             return self.overlay.prototypes_audio.to(self._device), self.overlay.prototypes_text.to(self._device)
         return self._prototypes_audio, self._prototypes_text
 
-    def locate(self, numbers: Tensor, which: Tensor) -> Tensor:
-        """The entries of (clip number, caption) pairs, both (n,) int64: (n,) int64, -1 where the base has none."""
-        wanted, caption = numbers.cpu().numpy(), which.cpu().numpy()
-        place = np.minimum(np.searchsorted(self._sorted, wanted) + caption, len(self._sorted) - 1)
-        entry = self._order[place]
-        there = (self.entries.numbers[entry] == wanted) & (self.entries.which[entry] == caption)
-        return torch.from_numpy(np.where(there, entry, -1)).to(numbers.device)
+    def locate(self, numbers: Tensor, which: Tensor, source: str = TRAIN) -> Tensor:
+        """The entries of (clip number, caption) pairs of a source, both (n,) int64: (n,) int64, -1 where the base has none."""
+        return torch.from_numpy(self._locator.find(numbers.cpu().numpy(), which.cpu().numpy(), source)).to(numbers.device)
 
     def read(self, audio: Tensor, text: Tensor, ids: Tensor, all_ids: Tensor, ask: AskSettings) -> dict[str, Reading]:
         """Retrieve for a batch (method: ASK §4.2), within each modality, by inner product.
@@ -121,16 +119,19 @@ class Knowledge:
         table = torch.from_numpy(np.maximum(unique, 0)).to(self._device)
         places = torch.from_numpy(inverse.reshape(2, *found[0].shape)).to(self._device)
         valid = torch.from_numpy(np.stack(found) >= 0).to(self._device)
-        numbers = torch.from_numpy(np.where(unique >= 0, self.entries.numbers[np.maximum(unique, 0)], -1)).to(self._device)
+        told = [
+            torch.from_numpy(np.where(unique >= 0, of[np.maximum(unique, 0)].astype(np.int64), -1)).to(self._device)
+            for of in (self.entries.numbers, self.entries.source)
+        ]
         stored = self.rows(table)
-        return Reading(Neighbourhood(places[0], valid[0]), Neighbourhood(places[1], valid[1]), *stored, numbers)
+        return Reading(Neighbourhood(places[0], valid[0]), Neighbourhood(places[1], valid[1]), *stored, *told)
 
     def _coarse(self, audio: Tensor, text: Tensor, tables: tuple[Tensor, Tensor], k: int) -> Reading:
         k = min(k, len(tables[0]))
         found = [(query.detach() @ table.T).topk(k, dim=1).indices for query, table in zip((audio, text), tables, strict=True)]
         every = torch.ones_like(found[0], dtype=torch.bool)
-        numbers = torch.full((len(tables[0]),), -1, device=self._device)
-        return Reading(Neighbourhood(found[0], every), Neighbourhood(found[1], every), *tables, numbers)
+        none = torch.full((len(tables[0]),), -1, device=self._device)
+        return Reading(Neighbourhood(found[0], every), Neighbourhood(found[1], every), *tables, none, none)
 
 
 def _excluded(ids: Tensor, all_ids: Tensor, ask: AskSettings) -> np.ndarray:
@@ -167,9 +168,10 @@ class Replica:
         journal: Journal,
         rank: int,
         corrected: bool = False,
+        cache: Cache = Cache(),  # noqa: B008 (frozen)
     ) -> None:
-        """`corrected` keeps an :class:`Overlay` of every version, for corrections between refreshes."""
-        self._corrected = corrected
+        """`corrected` keeps an :class:`Overlay` of every version, for corrections between refreshes; `cache` is the node's."""
+        self._corrected, self._cache = corrected, cache
         self._refiner, self._journal, self._rank = refiner, journal, rank
         self._home, self._run, self._dim, self._device = home, run, dim, device
         self._loaded: dict[int, Knowledge] = {}
@@ -232,7 +234,7 @@ class Replica:
 
     def _open(self, version: int) -> Knowledge:
         gpu = (self._device.index or 0) if self._device.type == "cuda" else None
-        opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected)
+        opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected, self._cache)
         return Knowledge(opened, self._device, overlay_of(opened) if self._corrected else None)
 
     def _watch(self) -> None:

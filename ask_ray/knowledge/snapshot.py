@@ -12,9 +12,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,54 +24,115 @@ import pyarrow.parquet as pq
 
 from ask_ray.config import UserError
 from ask_ray.knowledge import index as indexes
+from ask_ray.knowledge.cache import Cache, Copy
 from ask_ray.storage import Folder, digest_bytes, digest_file
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ENTRIES = "entries.parquet"
 ARRAYS = ("audio", "text", "prototypes_audio", "prototypes_text")
 INDEXES = ("audio", "text")
+
+#: The source of the entries made of the run's own training split.
+TRAIN = "train"
 
 
 class SnapshotError(UserError, RuntimeError):
     """A snapshot that is missing, damaged or not the one asked for. The message names the folder and the file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entries:
     """What the rows of a knowledge base are: one (clip, caption) pair each.
 
-    ids, captions, sources: N texts; numbers: (N,) int64, the clips' numbers; which: (N,) int64, which caption of the clip.
+    Texts stay in Arrow memory, and only those asked for become Python's: opening 100 000s of entries in a thread beside the
+    training loop does not hold it up.
+
+    ids, captions: (N,) Arrow strings: ``ids[n].as_py()`` is one; numbers: (N,) int64, the clips' numbers; which: (N,) int64,
+    which caption of the clip; source: (N,) int32 into `sources`, the names of what the entries come from; most_per_clip: the
+    most entries that one clip has, over all sources.
     """
 
-    ids: list[str]
+    ids: pa.ChunkedArray
     numbers: np.ndarray
-    captions: list[str]
+    captions: pa.ChunkedArray
     which: np.ndarray
+    source: np.ndarray
     sources: list[str]
+    most_per_clip: int
 
-    def table(self) -> pa.Table:
-        """The entries as an Arrow table."""
-        return pa.table(
-            {"id": self.ids, "number": self.numbers, "caption": self.captions, "which": self.which, "source": self.sources}
-        )
+    @classmethod
+    def of_lists(
+        cls, ids: Sequence[str], numbers: np.ndarray, captions: Sequence[str], which: np.ndarray, sources: Sequence[str]
+    ) -> Entries:
+        """Entries from a value each; `sources` holds their sources' names."""
+        columns = {"id": pa.array(ids, pa.string()), "number": numbers, "caption": pa.array(captions, pa.string())}
+        named = pa.array(sources, pa.string()).dictionary_encode()
+        return cls.of(pa.table({**columns, "which": which, "source": named}))
 
     @classmethod
     def of(cls, table: pa.Table) -> Entries:
         """The entries that :meth:`table` wrote."""
-        columns = {name: table.column(name) for name in table.column_names}
+        numbers = table.column("number").to_numpy()
+        source = table.column("source").unify_dictionaries().combine_chunks()
         return cls(
-            columns["id"].to_pylist(),
-            columns["number"].to_numpy(),
-            columns["caption"].to_pylist(),
-            columns["which"].to_numpy(),
-            columns["source"].to_pylist(),
+            table.column("id"),
+            numbers,
+            table.column("caption"),
+            table.column("which").to_numpy(),
+            source.indices.to_numpy(),
+            source.dictionary.to_pylist(),
+            int(np.unique(numbers, return_counts=True)[1].max(initial=0)),
         )
 
-    @cached_property
-    def most_per_clip(self) -> int:
-        """The most entries that one clip has."""
-        return int(np.unique(self.numbers, return_counts=True)[1].max(initial=0))
+    def table(self) -> pa.Table:
+        """The entries as an Arrow table."""
+        named = pa.DictionaryArray.from_arrays(self.source, pa.array(self.sources, pa.string()))
+        columns = {"id": self.ids, "number": self.numbers, "caption": self.captions, "which": self.which}
+        return pa.table({**columns, "source": named})
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def per_source(self) -> dict[str, int]:
+        """How many entries come from each source."""
+        counts = np.bincount(self.source, minlength=len(self.sources))
+        return dict(zip(self.sources, counts.tolist(), strict=True))
+
+    def locator(self) -> Locator:
+        """What finds entries by their clip and caption. Sorts all entries: make it once."""
+        return Locator(self)
+
+
+class Locator:
+    """Finds the entries of (clip, caption) pairs in one source at a time: the same pair may stand in several."""
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._order = np.lexsort((entries.which, entries.numbers, entries.source))
+        self._numbers = entries.numbers[self._order]
+        ends = np.cumsum(list(entries.per_source().values()))
+        self._ranges = {
+            name: (int(end) - count, int(end)) for (name, count), end in zip(entries.per_source().items(), ends, strict=True)
+        }
+
+    def find(self, numbers: np.ndarray, which: np.ndarray, source: str = TRAIN) -> np.ndarray:
+        """The entries of pairs in a source, by default those of the run's own training pairs.
+
+        Args:
+            numbers: (n,) int64 clip numbers; which: (n,) int64, which caption of the clip in that source.
+
+        Returns:
+            (n,) int64, -1 where the knowledge base has none.
+        """
+        first, last = self._ranges.get(source, (0, 0))
+        if first == last:
+            return np.full(len(numbers), -1, np.int64)
+        # A clip's entries are its first captions, so that the wanted one stands `which` places after the first.
+        place = first + np.searchsorted(self._numbers[first:last], numbers) + which
+        entry = self._order[np.minimum(place, last - 1)]
+        there = (self._entries.numbers[entry] == numbers) & (self._entries.which[entry] == which)
+        return np.where(there, entry, -1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +156,7 @@ class Snapshot:
     prototypes_text: np.ndarray
     audio_index: faiss.Index
     text_index: faiss.Index
+    copy: Copy | None = None  # what keeps the files on this node, where they came from remote storage
 
 
 def folder_of(home: Folder, version: int) -> Folder:
@@ -104,7 +165,11 @@ def folder_of(home: Folder, version: int) -> Folder:
 
 
 def versions(home: Folder) -> list[int]:
-    """The finished versions, oldest first. A folder without a manifest is none."""
+    """The finished versions, oldest first. A folder without a manifest is none.
+
+    Raises:
+        StorageError: if they cannot be listed.
+    """
     named = [int(name[1:]) for name in home.names() if re.fullmatch(r"v\d{6,}", name)]
     return [version for version in sorted(named) if folder_of(home, version).exists(MANIFEST)]
 
@@ -127,6 +192,9 @@ def publish(
 
     Returns:
         the manifest.
+
+    Raises:
+        StorageError: if it cannot be written; there is no version then.
     """
     target = folder_of(home, version)
     staging = _staging(home)
@@ -139,7 +207,7 @@ def publish(
         manifest = {
             "format": FORMAT,
             "version": version,
-            "entries": len(entries.ids),
+            "entries": len(entries),
             "dim": int(rows.audio.shape[1]),
             "prototypes": len(paired.audio),
             **facts,
@@ -169,35 +237,50 @@ def _staging(home: Folder) -> Path:
     return made
 
 
-def open_snapshot(home: Folder, version: int, run: str, dim: int, device: int | None = None, mutable: bool = False) -> Snapshot:
-    """Open a version after checking that it is whole and the one meant.
+def open_snapshot(
+    home: Folder,
+    version: int,
+    run: str,
+    dim: int,
+    device: int | None = None,
+    mutable: bool = False,
+    cache: Cache = Cache(),  # noqa: B008 (frozen)
+) -> Snapshot:
+    """Open a version after checking that it is whole and the one meant. From remote storage it is fetched to this node once.
 
     Args:
         run: the run it must belong to.
         dim: the width its embeddings must have.
         device: GPU to search on; None searches on the CPU.
         mutable: read the indexes into memory, on the CPU, so that they can be corrected.
+        cache: this node's copies of remote versions.
 
     Raises:
         SnapshotError: naming the folder, the file and what is wrong.
+        StorageError: if the storage cannot be reached.
     """
     folder = folder_of(home, version)
     manifest = _read_manifest(folder, version, run, dim)
-    local = folder.local or _fetched(folder)
-    for name, told in manifest["files"].items():
-        _verify(local / name, told)
+    local, copy = folder.local, None
+    if local is None:
+        sizes = {name: told["bytes"] for name, told in manifest["files"].items()}
+        copy = cache.hold(manifest["digest"], sizes, lambda target: _fetch(folder, manifest, target))
+        local = copy.path
+    else:
+        _verify(local, folder, manifest)
     arrays = {name: np.load(local / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in ARRAYS}
     for name, count in zip(ARRAYS, [manifest["entries"]] * 2 + [manifest["prototypes"]] * 2, strict=True):
         if arrays[name].shape != (count, dim):
-            raise SnapshotError(f"{folder}/{name}.npy: holds {arrays[name].shape}, the manifest says {(count, dim)}")
+            raise SnapshotError(f"{folder / f'{name}.npy'}: holds {arrays[name].shape}, the manifest says {(count, dim)}")
     files = [local / f"{name}.index" for name in INDEXES]
     audio_index, text_index = (indexes.open_mutable(file) if mutable else indexes.open_mapped(file, device) for file in files)
     return Snapshot(
         version=version,
         manifest=manifest,
-        entries=Entries.of(pq.read_table(local / ENTRIES)),
+        entries=Entries.of(pq.read_table(local / ENTRIES, memory_map=True)),
         audio_index=audio_index,
         text_index=text_index,
+        copy=copy,
         **arrays,
     )
 
@@ -208,14 +291,14 @@ def _read_manifest(folder: Folder, version: int, run: str, dim: int) -> dict[str
     except FileNotFoundError as error:
         raise SnapshotError(f"{folder}: no {MANIFEST}: the snapshot was never finished or has been removed") from error
     except ValueError as error:
-        raise SnapshotError(f"{folder}/{MANIFEST}: not JSON ({error})") from error
+        raise SnapshotError(f"{folder / MANIFEST}: not JSON ({error})") from error
     if not isinstance(manifest, dict):
-        raise SnapshotError(f"{folder}/{MANIFEST}: holds no mapping: the file is damaged")
+        raise SnapshotError(f"{folder / MANIFEST}: holds no mapping: the file is damaged")
     for field, wanted in (("format", FORMAT), ("version", version), ("run", run), ("dim", dim)):
         if manifest.get(field) != wanted:
-            raise SnapshotError(f"{folder}/{MANIFEST}: {field} is {manifest.get(field)!r}, expected {wanted!r}")
+            raise SnapshotError(f"{folder / MANIFEST}: {field} is {manifest.get(field)!r}, expected {wanted!r}")
     if manifest.get("digest") != _digest(manifest):
-        raise SnapshotError(f"{folder}/{MANIFEST}: does not fit its own digest: the file is damaged")
+        raise SnapshotError(f"{folder / MANIFEST}: does not fit its own digest: the file is damaged")
     return manifest
 
 
@@ -225,20 +308,25 @@ def _digest(manifest: dict[str, Any]) -> str:
     return digest_bytes(json.dumps(told, sort_keys=True).encode())
 
 
-def _verify(path: Path, told: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise SnapshotError(f"{path}: missing, though the manifest names it")
-    if path.stat().st_size != told["bytes"]:
-        raise SnapshotError(f"{path}: {path.stat().st_size} bytes, the manifest says {told['bytes']}: truncated or changed")
-    if digest_file(path) != told["digest"]:
-        raise SnapshotError(f"{path}: its digest differs from the manifest's: the file is damaged")
+def _verify(local: Path, folder: Folder, manifest: dict[str, Any]) -> None:
+    """Refuse the version in `folder` if the files in `local` are not those that its manifest names."""
+    for name, told in manifest["files"].items():
+        path, place = local / name, folder / name
+        if not path.is_file():
+            raise SnapshotError(f"{place}: missing, though the manifest names it")
+        if path.stat().st_size != told["bytes"]:
+            raise SnapshotError(f"{place}: {path.stat().st_size} bytes, the manifest says {told['bytes']}: truncated or changed")
+        if digest_file(path) != told["digest"]:
+            raise SnapshotError(f"{place}: its digest differs from the manifest's: the file is damaged")
 
 
-def _fetched(folder: Folder) -> Path:
-    """A local copy of a snapshot on remote storage."""
-    local = Path(tempfile.mkdtemp(prefix="ask_ray-knowledge-")) / folder.name
-    folder.download(local)
-    return local
+def _fetch(folder: Folder, manifest: dict[str, Any], target: Path) -> None:
+    """Download a version and verify it."""
+    try:
+        folder.download(target)
+    except FileNotFoundError as error:
+        raise SnapshotError(f"{folder}: removed while it was fetched") from error
+    _verify(target, folder, manifest)
 
 
 def prune(home: Folder, keep: int, needed: Iterable[int]) -> list[int]:
@@ -246,10 +334,14 @@ def prune(home: Folder, keep: int, needed: Iterable[int]) -> list[int]:
 
     Returns:
         the versions removed.
+
+    Raises:
+        StorageError: if the storage cannot be reached: some may be left.
     """
     there = versions(home)
     safe = {*there[-keep:], *needed}
     gone = [version for version in there if version not in safe]
     for version in gone:
+        folder_of(home, version).remove(MANIFEST)  # first, so that one half removed is none
         folder_of(home, version).delete()
     return gone

@@ -25,8 +25,8 @@ Extra = tuple[Tensor | None, Tensor | None]
 class Step:
     """A step's loss, over the global batch, and what is told of it.
 
-    loss: scalar with gradient; audio_to_text, text_to_audio: means of both directions before Ψ; consistency: mean c_i,
-    or None without knowledge; audio, text: (global B, d) detached embeddings before injection.
+    loss: scalar with gradient; audio_to_text, text_to_audio: means of both directions before Ψ; consistency: (global B,)
+    c_i, or None without knowledge; audio, text: (global B, d) detached embeddings before injection.
     """
 
     loss: Tensor
@@ -141,8 +141,7 @@ def step(
         extra = _queue_negatives(audio, text, ids, queue)
     loss = _objective(audio, text, scale, consistency, extra, ask)
     means = loss.audio_to_text.detach().mean(), loss.text_to_audio.detach().mean()
-    agreement = None if consistency is None else consistency.mean()
-    return Step(loss.loss, *means, agreement, gather(u.detach()), gather(v.detach()))
+    return Step(loss.loss, *means, consistency, gather(u.detach()), gather(v.detach()))
 
 
 def _knowledge_negatives(u: Tensor, v: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:

@@ -192,7 +192,8 @@ def newest(run: Folder) -> Iterator[Path]:
         CheckpointError: if the run has none.
     """
     try:
-        found = Result.from_path(run.uri).checkpoint
+        filesystem, path = run.resolve()
+        found = Result.from_path(path, filesystem).checkpoint
     except Exception as error:  # what Ray raises for a damaged snapshot, or one of another version, has no public name
         raise CheckpointError(f"{run}: not a run's folder ({error}); give <storage>/<name> of a run") from error
     if found is None:

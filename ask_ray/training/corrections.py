@@ -36,7 +36,7 @@ class Corrections:
         """Correct `overlay` by the pairs that the global batch shares with it. `step` counts the step just taken."""
         entry, audio, text = pairs.entry.cpu(), pairs.audio.cpu(), pairs.text.cpu()
         if self._settings.drift_map:
-            old = torch.from_numpy(overlay.since[entry.numpy()]) < self._began
+            old = torch.from_numpy(overlay.since[entry.numpy()]) <= self._began
             rows = overlay.audio[entry[old]], audio[old], overlay.text[entry[old]], text[old]
             self._window.append(tuple(row.clone() for row in rows))
         if self._settings.write_back:
@@ -52,7 +52,7 @@ class Corrections:
         ridge = self._settings.ridge
         maps = drift_map(stored_audio, fresh_audio, ridge), drift_map(stored_text, fresh_text, ridge)
         audio_map, text_map = tell_all(maps)
-        overlay.apply(audio_map, text_map, step=(self._began + step) // 2, after=self._began)
+        overlay.apply(audio_map, text_map, step=(self._began + step) // 2, after=self._began + 1)
 
     def state(self) -> dict[str, Tensor]:
         """The open window, for a checkpoint."""

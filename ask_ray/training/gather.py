@@ -15,6 +15,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    """This rank; 0 outside a process group."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 def gather(tensor: Tensor) -> Tensor:
     """All ranks' rows, (B, …) -> (ranks * B, …) in rank order, with gradient.
 

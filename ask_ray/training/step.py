@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from ask_ray.config import Settings
 from ask_ray.data.batches import Batch
-from ask_ray.knowledge.replica import Knowledge
+from ask_ray.knowledge.replica import Knowledge, Reading
+from ask_ray.method import reliability
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.training import ask
-from ask_ray.training.gather import gather
+from ask_ray.training.by_source import by_source, source_totals
+from ask_ray.training.gather import gather, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Stepper:
 
         Returns:
             of the global batch: loss, loss_a2t, loss_t2a, temperature, gradient_norm, and with knowledge consistency,
-            rdm_audio, rdm_text (NaN where fewer than two pairs are stored), influence, and the pairs it shares with it.
+            rdm_audio, rdm_text (NaN where fewer than two pairs are stored), influence, what each source gives, and the
+            pairs it shares with it.
         """
         with self._autocast:
             u, v, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
@@ -101,8 +105,16 @@ class Stepper:
         if made.consistency is None or known is None:
             return Taken(figures, None)
         pairs = shared_pairs(made, known, ids, gather(batch.captions))
-        figures |= {"consistency": made.consistency, **drift_of(pairs, known, float(1 / scale.detach()))}
+        figures |= {"consistency": made.consistency.mean(), **drift_of(pairs, known, float(1 / scale.detach()))}
+        if "fine" in readings:
+            figures |= self._by_source(readings["fine"], made.consistency, known.entries.sources)
         return Taken(figures, pairs)
+
+    def _by_source(self, fine: Reading, consistency: Tensor, sources: Sequence[str]) -> dict[str, Tensor]:
+        """What each source gives, over the global batch: its share among the neighbours, and their pairs' mean Ψ."""
+        potential = reliability.potential(consistency, self._settings.ask.tau_reliability)
+        mine = potential.chunk(world_size())[rank()]
+        return by_source(gather(source_totals(fine, len(sources), mine)[None]).sum(dim=0), sources)
 
 
 def shared_pairs(made: ask.Step, known: Knowledge, ids: Tensor, captions: Tensor) -> Pairs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,13 @@ from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
+from ask_ray.knowledge.sources import Extent, Source, check_sources, sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
+
+#: Ray Train looks for reports this often; with its default of 2 s, short epochs would wait for it.
+REPORT_INTERVAL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 
 class TrainingFailed(UserError, RuntimeError):
@@ -49,6 +55,12 @@ def workers_of(settings: Settings) -> int:
     return settings.training.workers
 
 
+def _elastic(settings: Settings) -> Any:
+    """The number of workers, or the least and the most of them."""
+    least, most = settings.training.min_workers, workers_of(settings)
+    return most if least is None else (least, most)
+
+
 def check(settings: Settings, corpus: Corpus) -> None:
     """Refuse, before anything starts, what could not be trained.
 
@@ -58,7 +70,8 @@ def check(settings: Settings, corpus: Corpus) -> None:
     registry.build(settings.model, corpus.sample_rate)
     _check_batches(settings, corpus)
     if settings.ask.enabled:
-        _check_neighbours(settings, corpus)
+        sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
+        _check_neighbours(settings, sources, check_sources(sources, corpus))
 
 
 def _check_batches(settings: Settings, corpus: Corpus) -> None:
@@ -72,21 +85,20 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
         raise SettingsError("data: the test split is empty: hold some clips out (data.folder.test, data.soundscapes.test)")
 
 
-def _check_neighbours(settings: Settings, corpus: Corpus) -> None:
+def _check_neighbours(settings: Settings, sources: Sequence[Source], extent: Extent) -> None:
     """K and Nc against what the knowledge base will hold."""
-    ask, clips = settings.ask, corpus.clips("train")
-    each = settings.knowledge.captions_per_clip
-    barred = {"none": 0, "self": 1, "batch": workers_of(settings) * settings.training.batch_size}[ask.exclude]
-    left = clips - barred
+    ask, each = settings.ask, settings.knowledge.captions_per_clip
+    of_batch = workers_of(settings) * settings.training.batch_size
+    barred = min({"none": 0, "self": 1, "batch": of_batch}[ask.exclude], extent.own)
+    left = extent.clips - barred
     if ask.fine and ask.neighbours > left:
         raise SettingsError(
-            f"ask.neighbours is {ask.neighbours}, but of the knowledge base's {clips} clips {left} are left after excluding "
-            f"{barred} (ask.exclude={ask.exclude}): lower ask.neighbours or give more clips"
+            f"ask.neighbours is {ask.neighbours}, but of the knowledge base's {extent.clips} clips {left} are left after "
+            f"excluding {barred} (ask.exclude={ask.exclude}): lower ask.neighbours or give more clips"
         )
-    if ask.coarse and ask.prototypes > corpus.entries("train", each):
-        raise SettingsError(
-            f"ask.prototypes is {ask.prototypes}, but the knowledge base has {corpus.entries('train', each)} entries: lower it"
-        )
+    entries = sum(Corpus.open(source.corpus).entries(source.split, each) for source in sources)
+    if ask.coarse and ask.prototypes > entries:
+        raise SettingsError(f"ask.prototypes is {ask.prototypes}, but the knowledge base has {entries} entries: lower it")
 
 
 def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> ActorHandle:
@@ -94,7 +106,7 @@ def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: 
     plan = RefreshPlan(
         place.knowledge,
         place.name,
-        encoding_plan(settings, str(corpus.folder)),
+        encoding_plan(settings, corpus.folder.uri),
         settings.knowledge,
         settings.ask.prototypes if settings.ask.coarse else 0,
         settings.run.seed,
@@ -110,16 +122,19 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
     """
     training = settings.training
     refiner = start_refiner(settings, corpus, place, journal) if settings.ask.enabled else None
-    plan = WorkerPlan(settings, str(corpus.folder), place.knowledge, place.name, place.folder, refiner, journal)
+    plan = WorkerPlan(settings, corpus.folder.uri, place.knowledge, place.name, place.folder, refiner, journal)
     gpus = training.gpus_per_worker
     resources = {"CPU": training.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    os.environ.setdefault(*REPORT_INTERVAL)
+    filesystem, path = place.storage.resolve()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"plan": plan},
-        scaling_config=ScalingConfig(num_workers=workers_of(settings), use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=_elastic(settings), use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name=place.name,
-            storage_path=place.storage.uri,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
         ),

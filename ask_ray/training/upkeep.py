@@ -48,6 +48,8 @@ class Upkeep:
         wanted = settings.corrections
         self._corrections = Corrections(wanted, steps_per_epoch) if wanted.write_back or wanted.drift_map else None
         self._correcting = 0.0
+        self._asked_at: dict[int, float] = {}
+        self._last_swap: dict[str, float] = {}
         self.asked: int | None = None
 
     @property
@@ -157,6 +159,7 @@ class Upkeep:
         """Hand this step's weights to the refiner and, if asked to, wait until the version is in."""
         started = time.perf_counter()
         self.asked = step
+        self._asked_at[step] = started
         if self._requests is not None:
             weights = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
             self._requests.ask(step, reason, weights, urgent)
@@ -181,22 +184,23 @@ class Upkeep:
         self._drift.take()
         if self._corrections is not None:
             self._corrections.begin(step)
-        self._journal.tell(
-            "swapped", rank=self._rank, version=version, step=step,
-            lag_steps=step - known.encoder_step, swap_ms=1000 * (time.perf_counter() - started),
-        )  # fmt: skip
+        now = time.perf_counter()
+        took = now - self._asked_at.get(known.encoder_step, now)
+        self._last_swap = {"swap_ms": 1000 * (now - started), "refresh_seconds": took}
+        lag = step - known.encoder_step
+        self._journal.tell("swapped", rank=self._rank, version=version, step=step, lag_steps=lag, **self._last_swap)
         if self._rank == 0:
             self._refiner.swapped.remote(version)
 
     # --- what is told and kept ---
 
     def facts(self, step: int) -> dict[str, float]:
-        """Metrics of the version in use: its lag behind the step and, with corrections, their share, the age they save
+        """Metrics of the version in use: its lag behind the step, its swap and, with corrections, their share, the age they save
         and their cost."""
         known = self._replica.current
         if known is None:
             return {}
-        facts: dict[str, float] = {"lag_steps": step - known.encoder_step}
+        facts: dict[str, float] = {"lag_steps": step - known.encoder_step, **self._last_swap}
         if known.overlay is not None:
             age, without = known.overlay.age(step), known.overlay.age_without(step)
             facts |= {"corrected_share": known.overlay.share(), "entry_age_steps": age, "corrected_age_steps": without - age}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,17 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.actor import ActorHandle
+from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 
 from ask_ray.config import Settings
 from ask_ray.data.batches import Batch, TrainingBatches
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
-from ask_ray.knowledge.encoding import EncodingPlan, encode_rows
+from ask_ray.knowledge.cache import Cache
+from ask_ray.knowledge.encoding import EncodingPlan, encode_rows, probe_units
 from ask_ray.knowledge.replica import Knowledge, Replica
+from ask_ray.knowledge.sources import sources_of
 from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
@@ -30,6 +31,7 @@ from ask_ray.storage import Folder
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
+from ask_ray.training.gauges import Gauges
 from ask_ray.training.means import Means
 from ask_ray.training.step import Stepper
 from ask_ray.training.upkeep import Upkeep
@@ -91,6 +93,9 @@ class Worker:
         wrapped = ray.train.torch.prepare_model(model)
         self.stepper = Stepper(wrapped, model, self.settings, self.steps, self.device)
         self.means = Means()
+        self.warned = False
+        self.gauges = Gauges(plan.run)
+        self.named: deque[int] = deque(maxlen=training.keep_checkpoints + 1)
         self.place = Place(0, 0, 0, plan.corpus)
         self.upkeep = self._upkeep()
 
@@ -100,7 +105,15 @@ class Worker:
             return None
         corrected = knowledge.corrections.write_back or knowledge.corrections.drift_map
         replica = Replica(
-            plan.refiner, plan.home, plan.run, self.settings.model.dim, self.device, plan.journal, self.rank, corrected
+            plan.refiner,
+            plan.home,
+            plan.run,
+            self.settings.model.dim,
+            self.device,
+            plan.journal,
+            self.rank,
+            corrected,
+            Cache.of(knowledge),
         )
         return Upkeep(
             knowledge, replica, plan.refiner, plan.journal, self.model, self.steps, self.rank, self.device
@@ -162,6 +175,7 @@ class Worker:
                     self.upkeep.probed(sum(self._probe().values()) / 2)
                 self.upkeep.before_step(self.place.step, epoch_starts=self.place.batch == 0)
             self._step(batch.to(self.device))
+            self._heed_preemption()
         self._move(epoch=epoch + 1, batch=0)
         self._report((self.steps - first) / (time.time() - started))
 
@@ -181,43 +195,60 @@ class Worker:
             version = known.version if known is not None else 0
             self.plan.journal.tell("step", step=self.place.step - 1, version=version, **seen)
 
+    def _heed_preemption(self) -> None:
+        """Save a checkpoint, once, when a node of the run is about to be taken away."""
+        every = self.settings.training.preemption_steps
+        if self.warned or not every or self.place.step % every or self.place.batch == self.steps:
+            return
+        notice = ray.train.get_preemption_info()
+        if notice is not None:
+            self.warned = True
+            self._save({"step": self.place.step, "preempted": 1}, due=True)
+            if self.rank == 0:
+                self.plan.journal.tell("preempted", step=self.place.step, deadline_ms=notice.deadline_ms)
+
     # --- the end of an epoch ---
 
     def _report(self, steps_per_second: float) -> None:
         training, epoch = self.settings.training, self.place.epoch
-        if self.upkeep is not None:
-            self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
         metrics: dict[str, Any] = {
             "epoch": epoch,
             "step": self.place.step,
             **self.means.take(),
             "clips_per_second": steps_per_second * training.batch_size * world_size(),
             "learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
-            "knowledge_version": self.place.knowledge_version,
+            "knowledge_version": self.upkeep.version if self.upkeep is not None else 0,
             **self._probe(),
             **(self.upkeep.facts(self.place.step) if self.upkeep is not None else {}),
         }
         if training.evaluate_every and epoch % training.evaluate_every == 0 and self.corpus.clips("validation"):
             figures = self._evaluate("validation", with_injection=False)["final"]
             metrics |= {f"{way}_{name}": value for way, of in figures.items() for name, value in of.items()}
+        if self.rank == 0:
+            self.plan.journal.tell("epoch", **metrics)
+            self.gauges.set(**metrics)
         last = epoch == training.epochs
-        states = gather_objects(checkpoint.random_state())
-        with self._checkpoint(states, last or epoch % training.checkpoint_every == 0) as saved:
-            if self.rank == 0:
-                self.plan.journal.tell("epoch", **metrics)
-            ray.train.report(metrics, checkpoint=saved)
-        if self.rank == 0 and self.upkeep is not None:
-            self.plan.refiner.pin.remote(checkpoint.pinned_versions(self.plan.folder))  # type: ignore[union-attr]
+        self._save(metrics, due=last or epoch % training.checkpoint_every == 0)
 
-    @contextlib.contextmanager
-    def _checkpoint(self, states: list[dict[str, Tensor]], due: bool) -> Iterator[ray.train.Checkpoint | None]:
-        if self.rank != 0 or not due:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix="ask_ray-checkpoint-") as folder:
-            optimizer, scheduler = self.stepper.optimizer, self.stepper.scheduler
-            checkpoint.save(Path(folder), self.place, self.settings, self.model, optimizer, scheduler, states, self._memory())
-            yield ray.train.Checkpoint.from_directory(folder)
+    def _save(self, metrics: dict[str, Any], due: bool) -> None:
+        """Report to Ray Train, with a checkpoint if one is due. Rank 0 writes it; all ranks call."""
+        if self.upkeep is not None:
+            self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
+        states = gather_objects(checkpoint.random_state())
+        saved = self._checkpoint(states) if due and self.rank == 0 else None
+        mode = CheckpointUploadMode(self.settings.training.upload.upper())
+        ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+        if self.rank == 0 and self.upkeep is not None:
+            self.named.append(self.place.knowledge_version)  # of checkpoints that may still be on their way to storage
+            pinned = {*checkpoint.pinned_versions(self.plan.folder), *self.named} - {0}
+            self.plan.refiner.pin.remote(sorted(pinned))  # type: ignore[union-attr]
+
+    def _checkpoint(self, states: list[dict[str, Tensor]]) -> ray.train.Checkpoint:
+        """A checkpoint in a temporary folder, which Ray Train removes when it has copied it."""
+        folder = tempfile.mkdtemp(prefix="ask_ray-checkpoint-")
+        optimizer, scheduler = self.stepper.optimizer, self.stepper.scheduler
+        checkpoint.save(Path(folder), self.place, self.settings, self.model, optimizer, scheduler, states, self._memory())
+        return ray.train.Checkpoint.from_directory(folder)
 
     def _memory(self) -> dict[str, Tensor]:
         queue = {f"{QUEUE}{name}": value for name, value in self.stepper.memory().items()}
@@ -248,22 +279,18 @@ class Worker:
 def probe_rows(
     known: Knowledge, model: DualEncoder, corpus: Corpus, settings: Settings, device: torch.device, rank: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Fresh and stored rows of `knowledge.drift_probe` entries (rounded up to row groups), gathered over ranks."""
+    """Fresh and stored rows of `knowledge.drift_probe` entries of all sources (rounded up to row groups), over all ranks."""
     training = model.training
     model.eval()
     plan = encoding_plan(settings, str(corpus.folder))
-    groups = corpus.groups("train")
-    count = min(len(groups), math.ceil(settings.knowledge.drift_probe / max(group.clips for group in groups)))
-    chosen = [groups[place] for place in torch.linspace(0, len(groups) - 1, count).round().int().tolist()]
-    parts = [
-        encode_rows(model, corpus.read(group), plan, corpus.sample_rate, device)
-        for place, group in enumerate(chosen)
-        if place % world_size() == rank
-    ]
+    mine = probe_units(plan, settings.knowledge.drift_probe)[rank :: world_size()]
+    parts = [(unit.source.name, encode_rows(model, unit.read(), plan, corpus.sample_rate, device)) for unit in mine]
     model.train(training)
-    every = [part for of_rank in gather_objects(parts) for part in of_rank]
-    numbers, which = (torch.cat([torch.from_numpy(part[name]) for part in every]) for name in ("number", "which"))
-    entry = known.locate(numbers, which)
+    named = [part for of_rank in gather_objects(parts) for part in of_rank]
+    every = [part for _, part in named]
+    entry = torch.cat(
+        [known.locate(torch.from_numpy(part["number"]), torch.from_numpy(part["which"]), source) for source, part in named]
+    )
     there = entry >= 0
     stored = dict(zip(("audio", "text"), known.rows(entry[there].to(device)), strict=True))
     fresh = {name: torch.cat([torch.from_numpy(part[name]) for part in every])[there].to(device) for name in stored}
@@ -271,8 +298,7 @@ def probe_rows(
 
 
 def encoding_plan(settings: Settings, corpus: str) -> EncodingPlan:
-    """How the knowledge source of these settings is encoded."""
+    """How the knowledge sources of these settings are encoded. corpus: place of the run's."""
     knowledge = settings.knowledge
-    return EncodingPlan(
-        corpus, "train", knowledge.captions_per_clip, settings.data.max_seconds, settings.model, knowledge.pool
-    )  # fmt: skip
+    sources = sources_of(knowledge.sources, corpus)
+    return EncodingPlan(sources, knowledge.captions_per_clip, settings.data.max_seconds, settings.model, knowledge.pool)

@@ -18,6 +18,13 @@ def test_a_folder_without_a_manifest_is_no_corpus(tmp_path):
     assert str(tmp_path) in str(refusal.value)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '"text"', '{"splits": {"train": {}}}'])
+def test_a_manifest_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"manifest\.json"):
+        Corpus.open(str(tmp_path))
+
+
 def test_an_unknown_split_is_refused(small_corpus):
     with pytest.raises(SettingsError, match="train, validation, test"):
         small_corpus.clips("dev")
@@ -41,6 +48,27 @@ def test_what_is_read_is_what_the_files_hold(small_corpus):
         for n in (0, group.clips // 2, group.clips - 1):
             assert rows.waveform(n).dtype == np.int16
             np.testing.assert_array_equal(rows.waveform(n), whole[n]["waveform"])
+
+
+def test_ids_columns_and_single_waveforms_are_those_of_the_whole(small_corpus):
+    for split in SPLITS:
+        assert small_corpus.ids(split) == [name for group in small_corpus.groups(split) for name in small_corpus.read(group).ids]
+        assert {"id", "captions", "waveform"} <= set(small_corpus.columns(split))
+    groups = [small_corpus.read(group) for group in small_corpus.groups("train")]
+    whole = [rows.waveform(row) for rows in groups for row in range(len(rows))]
+    places = [149, 0, 63, 64, 99, 100, 101]  # in three row groups of two files, their first and last clips among them
+    found = small_corpus.waveforms("train", places)
+    assert sorted(found) == sorted(places)
+    for place in places:
+        np.testing.assert_array_equal(found[place], whole[place])
+    assert small_corpus.waveforms("train", []) == {}
+
+
+def test_an_empty_split_has_no_ids_and_no_columns(small_corpus):
+    empty = {"clips": 0, "captions": 0, "most_captions": 0, "samples": 0, "hours": 0.0, "files": []}
+    splits = {**small_corpus.manifest["splits"], "validation": empty}
+    corpus = Corpus(small_corpus.folder, {**small_corpus.manifest, "splits": splits})
+    assert (corpus.ids("validation"), corpus.columns("validation"), corpus.groups("validation")) == ([], [], [])
 
 
 def test_sizes_that_plan_memory_and_knowledge(small_corpus):

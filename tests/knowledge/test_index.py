@@ -1,6 +1,7 @@
-"""The index against brute force, with exclusions; what is lost by inverted lists; files; prototypes."""
+"""The index against brute force, with exclusions; what is lost by inverted lists; files; changes in place; prototypes."""
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -135,6 +136,139 @@ def test_asking_for_a_gpu_that_is_not_there_searches_on_the_cpu(tmp_path: Path):
     index.save(exact(rows), tmp_path / "rows.index")
     opened = index.open_mapped(tmp_path / "rows.index", device=99)
     assert (opened.search(rows, 1)[1][:, 0] == np.arange(20)).all()
+
+
+# --- changing an index in place ---
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory, large) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("indexes")
+    index.save(exact(large[0]), folder / "exact")
+    index.save(large[1], folder / "lists")
+    return {"exact": folder / "exact", "lists": folder / "lists"}
+
+
+def opened(on_disk: dict[str, Path], kind: str) -> Any:
+    """Mutable, with all lists probed, so that only the rounding of the codes is between inverted lists and exactness."""
+    made = index.open_mutable(on_disk[kind])
+    if kind == "lists":
+        made.nprobe = made.nlist
+    return made
+
+
+def held(mutable: Any) -> np.ndarray:
+    return mutable.reconstruct_batch(np.arange(mutable.ntotal))
+
+
+def check_holds(mutable: Any, rows: np.ndarray) -> None:
+    """The index holds exactly `rows`, to 16 bits in lists, and every search is brute force over what it holds."""
+    stored = held(mutable)
+    tolerance = 0 if isinstance(mutable, faiss.IndexFlat) else 2.0**-11
+    np.testing.assert_allclose(stored, rows, rtol=0, atol=tolerance)
+    queries, everything = random_rows(40, rows.shape[1], seed=9), np.zeros((40, 0), np.int64)
+    found = index.retrieve(mutable, queries, 10, np.arange(len(rows)), everything, 1)
+    check_against_brute_force(found, stored, queries, 10, np.arange(len(rows)), everything)
+    if isinstance(mutable, faiss.IndexIVF):
+        places = [faiss.rev_swig_ptr(mutable.invlists.get_ids(at), mutable.get_list_size(at)) for at in range(mutable.nlist)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(places)), np.arange(len(rows)))  # each entry once, in one list
+
+
+def turned(rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A map near a rotation, and the rows it leads to."""
+    noise = np.random.default_rng(seed).normal(size=(2, rows.shape[1], rows.shape[1]))
+    matrix = (np.linalg.qr(np.eye(rows.shape[1]) + 0.2 * noise[0])[0] + 0.02 * noise[1]).astype(np.float32)
+    return matrix, unit(rows @ matrix)
+
+
+@pytest.mark.parametrize("kind", ["exact", "lists"])
+@pytest.mark.parametrize("count", [0, 1, 19, 64, 3000])
+def test_rows_are_overwritten_and_the_last_of_an_entry_stays(on_disk, large, kind, count):
+    mutable, rows, rng = opened(on_disk, kind), large[0].copy(), np.random.default_rng(count)
+    for _ in range(2):
+        entries = rng.integers(len(rows), size=count)
+        entries[count // 2 :] = rng.choice(entries, count - count // 2) if count else entries  # many come several times
+        fresh = unit(rng.normal(size=(count, rows.shape[1])))
+        index.update(mutable, entries, fresh)
+        for entry, row in zip(entries, fresh, strict=True):
+            rows[entry] = row
+    check_holds(mutable, rows)
+
+
+@pytest.mark.parametrize("kind", ["exact", "lists"])
+def test_a_map_and_updates_in_any_order(on_disk, large, kind):
+    mutable, rows = opened(on_disk, kind), large[0].copy()
+    for turn in range(3):
+        entries, fresh = np.arange(turn, len(rows), 7), random_rows(len(rows), rows.shape[1], seed=turn)[turn::7]
+        index.update(mutable, entries, fresh)
+        rows[entries] = fresh
+        matrix, rows = turned(rows, turn)
+        index.remap(mutable, matrix, rows)
+        check_holds(mutable, rows)
+
+
+def test_overwritten_and_mapped_lists_find_what_lists_built_anew_find(on_disk, large):
+    """At the usual number of probes: an overwritten row must be in the list where it is now looked for."""
+    mutable, (matrix, moved) = index.open_mutable(on_disk["lists"]), turned(large[0], seed=1)
+    assert mutable.nprobe == 16
+    index.remap(mutable, matrix, moved)
+    replaced = np.arange(0, len(moved), 3)
+    rows = moved.copy()
+    rows[replaced] = moved[::-1][replaced]
+    index.update(mutable, replaced, rows[replaced])
+    queries = unit(rows[replaced[:300]] + 0.05 * np.random.default_rng(2).normal(size=(300, 32)))
+    truth = exact(rows).search(queries, 10)[0][:, -1:]
+
+    def recall(searched: Any) -> float:
+        entry = searched.search(queries, 10)[1]
+        return float(np.mean(np.einsum("qkd,qd->qk", rows[entry], queries) >= truth - 1e-6))
+
+    assert recall(mutable) > recall(index.build(rows, 3000, 16, 0)) - 0.03 > 0.85
+
+
+@pytest.mark.parametrize("kind", ["exact", "lists"])
+def test_the_same_changes_give_the_same_bytes_also_through_a_file(tmp_path: Path, on_disk, large, kind):
+    first, second = opened(on_disk, kind), opened(on_disk, kind)
+    fresh, (matrix, moved) = random_rows(50, 32, seed=3), turned(large[0], seed=4)
+    for mutable in (first, second):
+        index.update(mutable, np.arange(100, 150), fresh)
+    index.save(second, tmp_path / "index")
+    second = index.open_mutable(tmp_path / "index")
+    for mutable in (first, second):
+        index.remap(mutable, matrix, moved)
+        index.update(mutable, np.arange(120, 170), fresh)
+    np.testing.assert_array_equal(faiss.serialize_index(first), faiss.serialize_index(second))
+
+
+@pytest.mark.parametrize("kind", ["exact", "lists"])
+def test_what_cannot_be_held_is_refused_before_anything_changes(on_disk, large, kind):
+    mutable, rows, bad = opened(on_disk, kind), large[0], random_rows(2, 32)
+    bad[1, 3] = np.nan
+    before = faiss.serialize_index(mutable)
+    for entries, fresh, problem in (
+        ([0, -1], rows[:2], "entries"),
+        ([0, len(rows)], rows[:2], "entries"),
+        ([0, 1], bad, "finite"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            index.update(mutable, np.array(entries), fresh)
+    for matrix, moved, problem in (
+        (np.eye(32), rows[1:], "fit"),
+        (np.eye(31), rows, "fit"),
+        (np.full((32, 32), np.inf), rows, "finite"),
+        (np.eye(32), rows * np.nan, "finite"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            index.remap(mutable, matrix.astype(np.float32), moved)
+    np.testing.assert_array_equal(faiss.serialize_index(mutable), before)
+
+
+def test_the_file_of_a_mutable_index_stays_as_it_is(on_disk, large):
+    for kind, path in on_disk.items():
+        before, mutable = path.read_bytes(), opened(on_disk, kind)
+        index.update(mutable, np.arange(50), random_rows(50, 32, seed=3))
+        index.remap(mutable, *turned(large[0], seed=4))
+        assert path.read_bytes() == before
 
 
 # --- prototypes ---

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 from ask_ray.knowledge import index as indexes
+from ask_ray.knowledge import overlay as overlays
 from ask_ray.knowledge.overlay import Overlay
 from ask_ray.knowledge.snapshot import Embeddings
 
@@ -159,5 +161,93 @@ def test_rows_that_are_not_finite_change_nothing(files, bad):
     for entry in ([-1], [ENTRIES]):
         with pytest.raises(ValueError, match="entries"):
             overlay.write(torch.tensor(entry), torch.from_numpy(unit(1, 8)), torch.from_numpy(unit(1, 8)), STEP + 1)
+    for name, value in overlay.state().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_state_goes_through_a_file_of_tensors(files, tmp_path):
+    overlay = opened(files)
+    overlay.write(torch.arange(9), torch.from_numpy(unit(9, 8)), torch.from_numpy(unit(9, 9)), STEP + 1)
+    told = overlay.state()
+    save_file(told, tmp_path / "memory.safetensors")
+    again = Overlay.of(load_file(tmp_path / "memory.safetensors"))
+    for name, value in again.state().items():
+        np.testing.assert_array_equal(value, told[name], err_msg=name)
+    overlay.write(torch.arange(9), torch.from_numpy(unit(9, 1)), torch.from_numpy(unit(9, 2)), STEP + 2)
+    assert (told["written"][:9] == STEP + 1).all()  # what was told is a copy
+    np.testing.assert_array_equal(told["audio"][:9], unit(9, 8))
+
+
+def test_entries_that_a_newer_version_has_elsewhere_are_taken_to_where_they_are(files):
+    older, newer = opened(files), opened(files, step=STEP + 50)
+    rows = torch.from_numpy(unit(20, 8)), torch.from_numpy(unit(20, 9))
+    older.write(torch.arange(20), *rows, STEP + 60)
+    older.write(torch.arange(5), *(row[:5] for row in rows), STEP + 70)
+    there, here = np.arange(0, 30, 3), np.arange(ENTRIES - 1, ENTRIES - 11, -1)  # entries 0, 3 … 27, the first 7 overwritten
+    assert newer.carry_over(older, here, there) == 7
+    np.testing.assert_array_equal(newer.text[here[:7]], unit(20, 9)[:20:3])
+    np.testing.assert_array_equal(newer.written[here], [STEP + 70] * 2 + [STEP + 60] * 5 + [-1] * 3)
+    assert (newer.written >= 0).sum() == 7
+    check(newer)
+
+
+def test_a_row_written_with_the_weights_of_the_encoding_is_no_fresher_than_it(files):
+    older, newer = opened(files), opened(files, step=STEP + 50)
+    older.write(torch.arange(5), torch.from_numpy(unit(5, 8)), torch.from_numpy(unit(5, 9)), STEP + 50)
+    assert newer.carry_over(older) == 0
+    assert newer.share() == 0
+    assert older.share() == 5 / ENTRIES
+
+
+def test_versions_of_different_sizes_need_to_be_told_which_entries_are_the_same(files):
+    state = opened(files).state()
+    shorter = Overlay.of({**state, "since": state["since"][1:], "written": state["written"][1:]})
+    with pytest.raises(ValueError, match="which are the same"):
+        opened(files).carry_over(shorter)
+
+
+def test_maps_go_through_large_bases_in_blocks(files, monkeypatch):
+    whole, blocks = opened(files), opened(files)
+    whole.apply(near_rotation(1), near_rotation(2), STEP + 1, after=STEP + 1)
+    monkeypatch.setattr(overlays, "BLOCK", 37)
+    blocks.apply(near_rotation(1), near_rotation(2), STEP + 1, after=STEP + 1)
+    np.testing.assert_allclose(blocks.audio, whole.audio, atol=1e-6)
+    check(blocks)
+
+
+@pytest.mark.parametrize("mode", ["c", "r"])
+def test_mapped_files_are_corrected_in_memory_only(files, tmp_path, mode):
+    np.save(tmp_path / "rows.npy", unit(ENTRIES, 1))
+    np.save(tmp_path / "prototypes.npy", unit(PROTOTYPES, 3))
+    rows, prototypes = (np.load(tmp_path / f"{name}.npy", mmap_mode=mode) for name in ("rows", "prototypes"))
+    mutable = indexes.open_mutable(files[0]), indexes.open_mutable(files[0])
+    overlay = Overlay(Embeddings(rows, unit(ENTRIES, 1)), Embeddings(prototypes, unit(PROTOTYPES, 3)), mutable, STEP)
+    assert np.shares_memory(overlay.audio.numpy(), rows) == (mode == "c")
+    overlay.apply(near_rotation(1), near_rotation(2), STEP + 1, after=STEP + 1)
+    assert (overlay.audio.numpy() != unit(ENTRIES, 1)).any()
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), unit(ENTRIES, 1))
+    np.testing.assert_array_equal(np.load(tmp_path / "prototypes.npy"), unit(PROTOTYPES, 3))
+
+
+def test_half_precision_rows_with_gradient_are_stored_without(files):
+    overlay = opened(files)
+    rows = torch.from_numpy(unit(4, 8)).to(torch.bfloat16).requires_grad_()
+    overlay.write(torch.tensor([9, 3, 7, 1]), rows, rows, STEP + 1)
+    assert overlay.audio.dtype == torch.float32
+    assert not overlay.audio.requires_grad
+    np.testing.assert_array_equal(overlay.text[[9, 3, 7, 1]], rows.detach().float())
+    for index in (overlay.audio_index, overlay.text_index):
+        held = index.reconstruct_batch(np.array([9, 3, 7, 1]))
+        np.testing.assert_allclose(held, rows.detach().float(), atol=2.0**-11)
+
+
+def test_shapes_that_do_not_fit_change_nothing(files):
+    overlay, before = opened(files), opened(files).state()
+    two, three = torch.from_numpy(unit(2, 8)), torch.from_numpy(unit(3, 8))
+    for audio, text, wrong in ((two, three, "audio"), (three, two, "text"), (three, three[:, :-1], "text")):
+        with pytest.raises(ValueError, match=wrong):
+            overlay.write(torch.arange(3), audio, text, STEP + 1)
+    with pytest.raises(ValueError, match="text_map"):
+        overlay.apply(near_rotation(1), near_rotation(1)[:-1], STEP + 1, STEP + 1)
     for name, value in overlay.state().items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)

@@ -20,6 +20,7 @@ from ask_ray.knowledge.encoding import EncodingPlan
 from ask_ray.knowledge.refiner import Outcome, Refiner, RefreshPlan, Request
 from ask_ray.knowledge.replica import Replica
 from ask_ray.knowledge.requests import Requests
+from ask_ray.knowledge.sources import Source
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 
@@ -62,7 +63,7 @@ class Bench:
             pool=PoolSettings(cpus=0.5, batch_size=8),
             refresh=RefreshSettings(**{"attempts": 2, "backoff_seconds": 0.3, **refresh}),
         )
-        source = EncodingPlan(corpus, "train", 1, 10.0, MODEL, knowledge.pool)
+        source = EncodingPlan((Source("train", corpus, "train"),), 1, 10.0, MODEL, knowledge.pool)
         self.home, self.weights = home, weights
         self.journal, self.keeper = Journal.start()
         self.refiner = Refiner.remote(RefreshPlan(home, RUN, source, knowledge, 3, 0), self.journal)
@@ -127,6 +128,7 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     published = {event["version"]: event for event in bench.events("published")}
     assert [published[version]["encoder_step"] for version in (1, 2)] == [5, 7]
     assert (published[1]["entries"], published[1]["reason"]) == (CLIPS, "a test")
+    assert published[1]["sources"] == {"train": CLIPS}
     assert 1 <= published[1]["prototypes"] <= 3
     assert all(published[1][name] >= 0 for name in ("encode_seconds", "build_seconds", "started"))
     assert {"files", "digest"} & published[1].keys() == set()

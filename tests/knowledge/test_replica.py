@@ -37,7 +37,8 @@ def unit(count: int, seed: int) -> np.ndarray:
 def put(home: Folder, version: int, prototypes: int = 5) -> Embeddings:
     numbers = np.repeat(CLIPS, COUNTS)
     count, which = len(numbers), np.concatenate([np.arange(of) for of in COUNTS])
-    entries = Entries([f"clip {n}" for n in numbers], numbers, ["a caption"] * count, which, ["corpus"] * count)
+    sources = ["train"] * (count - COUNTS[-1]) + ["elsewhere"] * COUNTS[-1]  # the last clip is of another source
+    entries = Entries.of_lists([f"clip {n}" for n in numbers], numbers, ["a caption"] * count, which, sources)
     rows, paired = (
         Embeddings(unit(count, version), unit(count, version + 50)),
         Embeddings(unit(prototypes, 8), unit(prototypes, 9)),
@@ -104,9 +105,11 @@ def test_tables_are_paired_rows_of_the_entries_they_name(stored, neighbours, exc
         assert len(entries) == 1
         np.testing.assert_array_equal(reading.text[place], rows.text[entries[0]])
         assert reading.numbers[place] == known.entries.numbers[entries[0]]
+        assert reading.sources[place] == known.entries.source[entries[0]]
     assert len(np.unique(reading.audio[there], axis=0)) == len(there)  # an entry has one row, whoever found it
     missing = ~torch.isin(torch.arange(len(reading.numbers)), there)
     assert (reading.numbers[missing] == -1).all()
+    assert (reading.sources[missing] == -1).all()
     assert torch.isfinite(reading.audio).all()
 
 
@@ -128,6 +131,7 @@ def test_prototypes_are_the_nearest_and_no_more_than_there_are(stored):
         reading = known.read(*map(torch.from_numpy, queries), ids, ids, AskSettings(neighbours=asked))["coarse"]
         assert reading.by_audio.valid.all()
         assert (reading.numbers == -1).all()
+        assert (reading.sources == -1).all()
         for found, query, table in ((reading.by_audio, queries[0], tables[0]), (reading.by_text, queries[1], tables[1])):
             truth = np.argsort(-(query @ table.T), axis=1)[:, :expected]
             np.testing.assert_array_equal(found.rows, truth)
@@ -155,10 +159,12 @@ def test_locate_finds_every_pair_and_nothing_else(stored):
     assert (known.version, known.encoder_step) == (4, 400)
     place = 0
     for clip, count in zip(CLIPS, COUNTS, strict=True):
-        which = torch.arange(7)
-        found = known.locate(torch.full((7,), int(clip)), which)
+        which, own = torch.arange(7), "train" if clip != CLIPS[-1] else "elsewhere"
+        found = known.locate(torch.full((7,), int(clip)), which, own)
         assert found.tolist() == [place + n if n < count else -1 for n in range(7)]
         place += count
+    assert (known.locate(torch.from_numpy(CLIPS), torch.zeros(len(CLIPS), dtype=torch.int64))[:-1] >= 0).all()
+    assert known.locate(torch.from_numpy(CLIPS[-1:]), torch.zeros(1, dtype=torch.int64)).tolist() == [-1]  # not a training clip
     strangers = torch.tensor([-1, 0, 10_001, 2**62])
     strangers = strangers[~torch.isin(strangers, torch.from_numpy(CLIPS))]
     assert (known.locate(strangers, torch.zeros_like(strangers)) == -1).all()
@@ -202,7 +208,7 @@ class Line:
 
 @pytest.fixture(scope="module")
 def actors(ray_session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ActorHandle, Journal]]:
-    source = EncodingPlan("nowhere", "train", 1, 1.0, ModelSettings(), PoolSettings())
+    source = EncodingPlan((), 1, 1.0, ModelSettings(), PoolSettings())
     home = Folder.at(str(tmp_path_factory.mktemp("unused")))
     journal, keeper = Journal.start()
     refiner = Refiner.remote(RefreshPlan(home, RUN, source, KnowledgeSettings(), 0, 0), journal)

@@ -166,3 +166,38 @@ def test_mapped_rows_are_unit_rows_of_their_dtype():
 def test_a_map_of_nothing_is_refused(stored, fresh, ridge):
     with pytest.raises(ValueError, match=r"pairs|fresh|ridge"):
         drift.drift_map(torch.ones(stored), torch.ones(fresh), ridge)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.floats(1e-3, 1e3), st.floats(0.01, 100), st.integers(0, 99))
+def test_the_length_of_rows_and_their_number_do_not_change_what_a_ridge_means(pairs, dim, ridge, length, seed):
+    stored, fresh = rows_of(pairs, dim, seed), rows_of(pairs, dim, seed + 1)
+    found = drift.drift_map(stored, fresh, ridge)
+    np.testing.assert_allclose(drift.drift_map(length * stored, length * fresh, ridge), found, atol=1e-6)
+    np.testing.assert_allclose(drift.drift_map(stored.repeat(3, 1), fresh.repeat(3, 1), ridge), found, atol=1e-6)
+
+
+def test_a_map_of_float32_rows_is_float32_without_gradient_and_the_same_under_autocast():
+    stored, fresh = rows_of(9, 5, 0).float().requires_grad_(), rows_of(9, 5, 1).float().requires_grad_()
+    found = drift.drift_map(stored, fresh, 0.1)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(drift.drift_map(stored, fresh, 0.1), found)
+        inside = drift.apply_map(stored, found)
+    assert torch.equal(inside, drift.apply_map(stored, found))
+    assert not inside.requires_grad
+
+
+def test_a_map_brings_entries_that_it_was_not_fitted_on_nearer_to_where_they_went():
+    """The drift that all rows share is undone; what each row drifts by itself stays."""
+    stored = rows_of(400, 16, 0)
+    common = torch.linalg.matrix_exp(0.3 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    fresh = functional.normalize(stored @ common + 0.05 * rows_of(400, 16, 2), dim=1)
+    mapped = drift.apply_map(stored[200:], drift.drift_map(stored[:200], fresh[:200], 0.1))
+    before, after = ((fresh[200:] - rows).norm(dim=1).mean() for rows in (stored[200:], mapped))
+    assert after < before / 4
+
+
+def test_a_matrix_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="matrix"):
+        drift.apply_map(torch.ones(3, 4), torch.eye(5))

@@ -30,8 +30,9 @@ def nearest(u: Tensor, v: Tensor, k: int = 4, coarse: bool = True) -> dict[str, 
         audio, text = unit(count, seed), unit(count, seed + 1)
         found = [(query.detach() @ table.T).topk(k, dim=1).indices for query, table in ((u, audio), (v, text))]
         numbers = torch.arange(count) + 1000 if name == "fine" else torch.full((count,), -1)
+        sources = numbers.clamp(max=0)
         every = torch.ones(BATCH, k, dtype=torch.bool)
-        made[name] = Reading(Neighbourhood(found[0], every), Neighbourhood(found[1], every), audio, text, numbers)
+        made[name] = Reading(Neighbourhood(found[0], every), Neighbourhood(found[1], every), audio, text, numbers, sources)
     return made
 
 
@@ -141,13 +142,16 @@ def test_missing_neighbours_count_for_nothing():
     ]
     settings = AskSettings(rho=0.5, coarse=False, reliability="both")
     losses = [
-        step(u, v, {"fine": Reading(*found, whole.audio, whole.text, whole.numbers)}, settings).loss
+        step(u, v, {"fine": Reading(*found, whole.audio, whole.text, whole.numbers, whole.sources)}, settings).loss
         for found in ([whole.by_audio, whole.by_text], padded)
     ]
     torch.testing.assert_close(*losses)
     nothing = [Neighbourhood(found.rows, torch.zeros_like(found.valid)) for found in padded]
     made = step(
-        u, v, {"fine": Reading(*nothing, whole.audio, whole.text, whole.numbers)}, settings.model_copy(update={"beta": 0})
+        u,
+        v,
+        {"fine": Reading(*nothing, whole.audio, whole.text, whole.numbers, whole.sources)},
+        settings.model_copy(update={"beta": 0}),
     )
     torch.testing.assert_close(made.loss, ntxent(u, v))
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(made.loss, (u, v)))

@@ -79,6 +79,14 @@ def test_a_map_stands_for_the_middle_of_its_window(overlay):
     assert error(overlay, 6) < 0.1 * float((encoders(0)[0] - encoders(6)[0]).norm(dim=1).mean()) + 0.02
 
 
+def test_entries_encoded_at_the_very_start_of_a_window_are_mapped(overlay):
+    """As after a refresh that training waited for."""
+    corrections = made(False, True)
+    corrections.begin(0)
+    run(corrections, overlay, 0, 10)
+    assert overlay.share() == 1
+
+
 def test_what_a_window_overwrites_is_not_mapped(overlay):
     run(made(True, True), overlay, 1, 11)
     written = overlay.written >= 0

@@ -54,7 +54,7 @@ def known(tmp_path_factory: pytest.TempPathFactory, encoded: EncodedSplit) -> Kn
     home = Folder.at(str(tmp_path_factory.mktemp("knowledge")))
     numbers = np.array([id_number(one) for one in encoded.ids], np.int64)
     which = np.zeros(len(numbers), np.int64)
-    entries = Entries(encoded.ids, numbers, ["a caption"] * len(numbers), which, [""] * len(numbers))
+    entries = Entries.of_lists(encoded.ids, numbers, ["a caption"] * len(numbers), which, ["train"] * len(numbers))
     rows = Embeddings(encoded.audio.numpy(), encoded.text[::3].numpy())
     built = (index.build(rows.audio, 1000, 1, 0), index.build(rows.text, 1000, 1, 0))
     paired = Embeddings(rows.audio[:4], rows.text[:4])

@@ -54,7 +54,7 @@ def knowledge(home: Folder) -> Knowledge:
         tables = [rng.normal(size=(count, DIM)) for count in (60, 60, 7, 7)]
         tables = [(table / np.linalg.norm(table, axis=1, keepdims=True)).astype(np.float32) for table in tables]
         numbers, which = np.repeat(np.arange(30, dtype=np.int64), 2), np.tile(np.array([0, 1], np.int64), 30)
-        entries = Entries([str(n) for n in numbers], numbers, ["a caption"] * 60, which, [""] * 60)
+        entries = Entries.of_lists([str(n) for n in numbers], numbers, ["a caption"] * 60, which, ["train"] * 60)
         built = (index.build(tables[0], 1000, 1, 0), index.build(tables[1], 1000, 1, 0))
         facts = {"run": "run", "encoder_step": 0}
         publish(home, 1, entries, Embeddings(*tables[:2]), Embeddings(*tables[2:]), built, facts)

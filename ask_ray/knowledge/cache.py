@@ -1,0 +1,125 @@
+"""Copies of remote versions on a node's disk: one for all of its processes, bounded, the least recently used go first.
+
+A copy is kept in a folder named by the digest of the version's manifest, so that versions of different runs never mix. Who uses
+one holds a shared lock (``flock``) on a file in it, which ends with the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ask_ray.config import KnowledgeSettings
+from ask_ray.storage import Folder
+
+#: The file of a copy that its users lock; its time is that of the last use.
+LEASE = ".lease"
+#: Where a copy is fetched to; there is one at a time.
+FETCHING = ".fetching"
+
+
+class Copy:
+    """A version's files on this node, in the folder `path`. They are kept as long as this object lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lease = os.open(path / LEASE, os.O_RDONLY)
+        weakref.finalize(self, os.close, lease)
+        fcntl.flock(lease, fcntl.LOCK_SH)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The copies of this node. folder: where they are, None for the system's temporary folder; gib: GiB they may take."""
+
+    folder: str | None = None
+    gib: float = KnowledgeSettings().cache_gib
+
+    @classmethod
+    def of(cls, knowledge: KnowledgeSettings) -> Cache:
+        """The cache that the settings ask for."""
+        return cls(knowledge.cache, knowledge.cache_gib)
+
+    @property
+    def root(self) -> Path:
+        """The folder on this node."""
+        if self.folder is None:
+            return Path(tempfile.gettempdir()) / f"ask_ray-knowledge-{os.getuid()}"
+        return Path(self.folder).expanduser()
+
+    def hold(self, key: str, sizes: Mapping[str, int], fetch: Callable[[Path], None]) -> Copy:
+        """The copy `key`, fetched if it is not there or not whole. Processes that ask at once wait for one of them to fetch.
+
+        Before a copy is fetched, others that nobody uses make room for it; it is kept even if it alone is larger than the bound.
+
+        Args:
+            key: a name that no other content has.
+            sizes: bytes of each of its files.
+            fetch: fills an empty folder, and raises what is to be raised if it cannot.
+
+        Raises:
+            StorageError: naming `knowledge.cache`, if the folder cannot be written.
+        """
+        root = self.root
+        Folder(str(root)).check_writable("knowledge.cache")
+        with FileLock(root / "lock"):
+            if not _whole(root / key, sizes):
+                self._make_room(key, sum(sizes.values()))
+                _replace(root / key, fetch)
+            (root / key / LEASE).touch()
+            return Copy(root / key)
+
+    def _make_room(self, key: str, size: int) -> None:
+        """Remove the least recently used copies, until one of `size` bytes fits beside the others."""
+        limit = self.gib * 2**30
+        others = sorted((path for path in self.root.iterdir() if (path / LEASE).exists() and path.name != key), key=_last_used)
+        taken = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+        for path in others:
+            if size + sum(taken.values()) > limit and not _in_use(path):
+                shutil.rmtree(path)
+                del taken[path]
+
+
+def _whole(copy: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether all files are there and as long as they should be."""
+    there = {file.name: file.stat().st_size for file in copy.iterdir()} if copy.is_dir() else {}
+    return all(there.get(name) == size for name, size in sizes.items())
+
+
+def _replace(copy: Path, fetch: Callable[[Path], None]) -> None:
+    """Fetch a copy beside its place, and put it there whole. Who still uses a damaged one keeps its files open."""
+    made = copy.parent / FETCHING
+    shutil.rmtree(made, ignore_errors=True)  # what a process that died left
+    made.mkdir()
+    try:
+        fetch(made)
+        (made / LEASE).touch()
+        shutil.rmtree(copy, ignore_errors=True)
+        made.rename(copy)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _last_used(copy: Path) -> float:
+    return (copy / LEASE).stat().st_mtime
+
+
+def _in_use(copy: Path) -> bool:
+    """Whether a live process holds it."""
+    lease = os.open(copy / LEASE, os.O_RDONLY)
+    try:
+        fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(lease)

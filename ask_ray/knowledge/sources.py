@@ -1,0 +1,156 @@
+"""What a knowledge base is made from: the run's own training split and other prepared corpora, checked before training.
+
+Other corpora are out-of-domain (other recordings), or enriched (the run's recordings with more captions). A clip's id means
+the same recording wherever it stands: a pair that may not retrieve its own clip may not retrieve it from any source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from ask_ray.config import SettingsError
+from ask_ray.data.corpus import Corpus
+from ask_ray.knowledge.snapshot import TRAIN
+from ask_ray.storage import Folder, masked
+
+#: Clips that two corpora share of which the samples are compared.
+COMPARED = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of a knowledge base. name: of its entries; corpus: place of the prepared corpus; split: which of its clips."""
+
+    name: str
+    corpus: str
+    split: str
+
+    @property
+    def in_domain(self) -> bool:
+        """Whether it is the run's own training split."""
+        return self.name == TRAIN
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much the sources hold together. clips: different recordings; own: those of them that the run trains on."""
+
+    clips: int
+    own: int
+
+
+def sources_of(wanted: Sequence[str], corpus: str) -> tuple[Source, ...]:
+    """The sources that `knowledge.sources` names, in its order, each with a name of its own.
+
+    Args:
+        wanted: `train`, or places of prepared corpora.
+        corpus: place of the run's corpus.
+
+    Raises:
+        SettingsError: if two of them are the same corpus, or one is the run's.
+    """
+    made: list[Source] = []
+    for one in wanted:
+        place = Folder.at(corpus if one == TRAIN else one).uri
+        if one != TRAIN and place == Folder.at(corpus).uri:
+            raise SettingsError(f"knowledge.sources: {masked(place)} is the run's own corpus: write {TRAIN}")
+        if place in [source.corpus for source in made]:
+            raise SettingsError(f"knowledge.sources: {masked(place)} is named twice: name each corpus once")
+        name = TRAIN if one == TRAIN else _name(place, {TRAIN, *(source.name for source in made)})
+        made.append(Source(name, place, "train"))
+    return tuple(made)
+
+
+def _name(place: str, taken: set[str]) -> str:
+    """The folder's name in letters that names of metrics allow, and none that is taken."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", Folder(place).name)
+    names: Iterator[str] = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+    return next(name for name in names if name not in taken)
+
+
+def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
+    """Refuse, before training, sources that could not be encoded or would spoil what is measured.
+
+    Reads the ids of all clips if there are sources beside the run's own training split, and the samples of some of those
+    that several corpora share.
+
+    Args:
+        corpus: the run's.
+
+    Raises:
+        SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another sample rate, no
+            training clips, a missing modality, clips that the run holds out, or an id that stands for different recordings.
+    """
+    others = [(source, _opened(source, corpus)) for source in sources if not source.in_domain]
+    if not others:
+        return Extent(corpus.clips("train"), corpus.clips("train"))
+    known = [(corpus, _places(corpus, "train"))]
+    held_out = {split: set(corpus.ids(split)) for split in ("validation", "test")}
+    for source, opened in others:
+        places = _places(opened, source.split)
+        _refuse_leak(source, places, held_out)
+        for other, there in known:
+            _refuse_clash(source, opened, places, other, there)
+        known.append((opened, places))
+    own, *rest = ({*places} for _, places in known)
+    held = set().union(*rest, own if any(source.in_domain for source in sources) else ())
+    return Extent(len(held), len(held & own))
+
+
+def _places(corpus: Corpus, split: str) -> dict[str, int]:
+    """The place of each clip in the order of the corpus."""
+    return {clip: place for place, clip in enumerate(corpus.ids(split))}
+
+
+def _opened(source: Source, corpus: Corpus) -> Corpus:
+    """A source's corpus, if it can be encoded with the run's model."""
+    try:
+        opened = Corpus.open(source.corpus)
+    except (SettingsError, OSError) as error:
+        raise SettingsError(f"knowledge.sources: {error}") from error
+    if opened.sample_rate != corpus.sample_rate:
+        raise SettingsError(
+            f"knowledge.sources: {opened.folder} has {opened.sample_rate} Hz, the run's corpus {corpus.sample_rate} Hz: prepare "
+            f"it with --data.sample_rate {corpus.sample_rate}"
+        )
+    if opened.clips(source.split) == 0:
+        raise SettingsError(f"knowledge.sources: {opened.folder} has no clips in its {source.split} split to be read")
+    lacking = [column for column in ("waveform", "captions") if column not in opened.columns(source.split)]
+    if lacking:
+        raise SettingsError(
+            f"knowledge.sources: {opened.folder} lacks {' and '.join(lacking)}: an entry is a recording with a caption, so give "
+            "a corpus with both"
+        )
+    return opened
+
+
+def _refuse_leak(source: Source, places: dict[str, int], held_out: dict[str, set[str]]) -> None:
+    for split, ids in held_out.items():
+        leaked = sorted(ids & places.keys())
+        if leaked:
+            raise SettingsError(
+                f"knowledge.sources: {source.corpus} holds {len(leaked)} clips of the run's {split} split, such as {leaked[0]!r}"
+                ": what is evaluated must not be in the knowledge base; take them out"
+            )
+
+
+def _refuse_clash(source: Source, opened: Corpus, places: dict[str, int], other: Corpus, there: dict[str, int]) -> None:
+    """Compare samples of clips with the same id, evenly spread over those that two corpora share."""
+    shared = [clip for clip in places if clip in there]
+    if not shared:
+        return
+    spread = np.linspace(0, len(shared) - 1, min(COMPARED, len(shared))).round().astype(int)
+    chosen = [shared[place] for place in spread]
+    ours = opened.waveforms(source.split, [places[clip] for clip in chosen])
+    theirs = other.waveforms("train", [there[clip] for clip in chosen])
+    for clip in chosen:
+        if not np.array_equal(ours[places[clip]], theirs[there[clip]]):
+            raise SettingsError(
+                f"knowledge.sources: clip {clip!r} of {source.corpus} is another recording than the one of that id in "
+                f"{other.folder}: an id must mean the same samples everywhere, so rename the clips of one and prepare it anew"
+            )

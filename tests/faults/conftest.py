@@ -1,0 +1,47 @@
+"""The fault suite's session, its rows, and the table that `make faults` writes."""
+
+from pathlib import Path
+
+import pytest
+
+ROWS = pytest.StashKey[list[tuple[str, ...]]]()
+
+HEAD = """# What a run does when something breaks
+
+Written by `make faults`: every row is a run of 640 steps on two workers with a refresh every epoch, during which a real process
+was ended, stopped or starved. Every run then finished with the right number of steps, epochs and entries. *Stood still* is
+the longest gap between told steps beyond the usual one; *repeated* are steps since the last checkpoint, taken again.
+
+| fault | what the run did | stood still | repeated steps |
+|---|---|---|---|
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", type=Path, help="write the fault suite's table to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the table, if all went well."""
+    target, rows = session.config.getoption("--table"), session.config.stash[ROWS]
+    if target is not None and rows and exitstatus == 0:
+        target.write_text(HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest):
+    """Adds a row to the table: the fault, what the run did, and the run's outcome."""
+
+    def add(fault: str, did: str, outcome) -> None:
+        request.config.stash[ROWS].append((fault, did, f"{outcome.still:.1f} s", f"{outcome.repeated}"))
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def home(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")

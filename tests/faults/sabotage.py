@@ -1,0 +1,160 @@
+"""A run under sabotage: real processes of a real Ray session, ended, stopped or starved while it trains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from rich.console import Console
+
+from ask_ray import experiment
+from ask_ray.config import Settings, load
+from ask_ray.journal import Journal
+
+Event = dict[str, Any]
+Found = TypeVar("Found")
+
+POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Refiner", "ray::refresh", "ray::RayTrainWorker"
+
+EPOCHS, STEPS, ENTRIES = 10, 64, 1024
+
+
+def settings_of(home: Path, name: str, **refresh: Any) -> Settings:
+    """Two workers, 640 steps, a refresh every epoch beside training."""
+    return load(
+        {
+            "run": {"storage": str(home / "runs"), "name": name},
+            "data": {
+                "prepared": str(home / "prepared"),
+                "soundscapes": {"train": ENTRIES, "validation": 0, "test": 48, "seconds": 1.5, "captions": 2},
+            },
+            "model": {"dim": 32, "width": 0.25},
+            "ask": {"prototypes": 16},
+            "knowledge": {
+                "drift_probe": 0,
+                "refresh": {"interval": 1, "poll_steps": 1, "warmup_epochs": 0.5, "backoff_seconds": 0.2, **refresh},
+            },
+            "training": {"epochs": EPOCHS, "batch_size": 8, "workers": 2, "evaluate_every": 0},
+            "tracking": {"enabled": False},
+        }
+    )
+
+
+@dataclass
+class Watch:
+    """What a saboteur sees of a run: its events as they come, and its processes."""
+
+    settings: Settings
+    folder: Path
+    started: float = field(default_factory=time.time)
+
+    def events(self, kind: str) -> list[Event]:
+        """The run's events of a kind so far."""
+        names = [name for name in ray.util.list_named_actors() if name.startswith("ask_ray-journal-")]
+        told = [event for name in names for event in Journal(name).since(0)]
+        return [event for event in told if event["kind"] == kind and event["time"] >= self.started]
+
+    def wait(self, kind: str, seconds: float = 90.0, **fields: Any) -> Event:
+        """The first event of a kind with these fields, as soon as it comes."""
+
+        def found() -> Event | None:
+            return next((one for one in self.events(kind) if fields.items() <= one.items()), None)
+
+        return until(found, seconds, f"{kind} {fields}")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The processes of this session with a title, as soon as there are any; the youngest first."""
+
+        def found() -> list[psutil.Process]:
+            made = []
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
+                        made.append(process)
+                except psutil.Error:
+                    continue
+            return sorted(made, key=lambda process: -process.create_time())
+
+        return until(found, 60.0, title)
+
+
+def until(look: Callable[[], Found | None], seconds: float, what: str) -> Found:
+    """What `look` finds, as soon as it does."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited in vain for {what}")
+        time.sleep(0.01)
+    return found
+
+
+@dataclass
+class Outcome:
+    """What a run did under a fault.
+
+    still: seconds that training stood still, the longest gap between told steps beyond the usual one; repeated: steps
+    taken again after restarts.
+    """
+
+    result: dict[str, Any]
+    events: list[Event]
+
+    def of(self, kind: str) -> list[Event]:
+        """The run's events of a kind."""
+        return [event for event in self.events if event["kind"] == kind]
+
+    @property
+    def still(self) -> float:
+        times = sorted(event["time"] for event in self.events if event["kind"] in ("step", "epoch"))
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        return max(0.0, max(gaps) - statistics.median(gaps))
+
+    @property
+    def repeated(self) -> int:
+        lost = 0
+        for begun in self.of("began")[1:]:
+            before = [event["step"] for event in self.of("step") if event["time"] < begun["time"]]
+            lost += max(0, max(before, default=0) - begun["step"])
+        return lost
+
+
+def run_under(settings: Settings, harm: Callable[[Watch], None]) -> Outcome:
+    """Run to the end while `harm` works in a thread of its own; what goes wrong in it fails the test."""
+    watch = Watch(settings, Path(settings.run.storage) / str(settings.run.name))
+    problems: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            harm(watch)
+        except BaseException as problem:
+            problems.append(problem)
+
+    saboteur = threading.Thread(target=work, daemon=True)
+    saboteur.start()
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        result = experiment.run(settings, Console(file=nowhere))
+    saboteur.join(10)
+    assert not problems, problems
+    assert not saboteur.is_alive(), "the run ended before the fault"
+    return Outcome(result, json.loads((watch.folder / "history.json").read_text()))
+
+
+def check_whole(outcome: Outcome) -> None:
+    """The run came to its end with the right number of steps, epochs and entries, and a knowledge base by its final weights."""
+    result = outcome.result
+    assert (result["steps"], result["epochs"]) == (EPOCHS * STEPS, EPOCHS)
+    assert {event["epoch"] for event in outcome.of("epoch")} == set(range(1, EPOCHS + 1))
+    assert all(row["entries"] == ENTRIES for row in result["refreshes"])
+    assert result["refreshes"][-1]["encoder_step"] == EPOCHS * STEPS
+    assert result["knowledge_version"] == result["refreshes"][-1]["version"]
+    assert all(of["n"] == 48 for of in result["final"].values())

@@ -1,0 +1,247 @@
+"""Whole runs during which a real process is ended, stopped or starved, or what it wrote is damaged."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sabotage import EPOCHS, POOL, REFINER, REFRESH, STEPS, WORKER, Watch, check_whole, run_under, settings_of, until
+
+from ask_ray.storage import Folder
+from ask_ray.training.checkpoint import pinned_versions
+
+pytestmark = pytest.mark.faults
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- the pool and the refiner ---
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_the_pool_is_killed_while_it_encodes(home, tell, actors):
+    """One actor of two, or all there is."""
+    settings = settings_of(home, f"pool-{actors}")
+    pool = settings.knowledge.pool.model_copy(update={"min_actors": actors, "max_actors": actors, "cpus": 0.5})
+    settings = settings.model_copy(update={"knowledge": settings.knowledge.model_copy(update={"pool": pool})})
+
+    def harm(watch: Watch) -> None:
+        watch.wait("encoding", version=1)
+        watch.processes(POOL)[0].kill()
+
+    outcome = run_under(settings, harm)
+    check_whole(outcome)
+    assert len(outcome.of("began")) == 1, "training was not touched"
+    did = f"Ray Data replaced it; {len(outcome.of('failed'))} refreshes failed, {len(outcome.of('published'))} published"
+    tell(f"kill −9 of {'the only' if actors == 1 else 'one of two'} pool actor{'s' * (actors > 1)} while encoding", did, outcome)
+
+
+def test_the_task_of_a_refresh_is_killed_with_its_whole_pool(home, tell):
+    def harm(watch: Watch) -> None:
+        watch.wait("encoding", version=1)
+        for process in [*watch.processes(REFRESH), *watch.processes(POOL)]:
+            process.kill()
+
+    outcome = run_under(settings_of(home, "whole-pool"), harm)
+    check_whole(outcome)
+    assert len(outcome.of("began")) == 1
+    assert [event["version"] for event in outcome.of("failed")][:1] == [1]
+    assert outcome.of("published")[0]["encoder_step"] == outcome.of("requested")[0]["step"], "the same weights, tried again"
+    tell(
+        "kill −9 of the refresh's task and all of its pool", "the refresh failed, was tried again with the same weights", outcome
+    )
+
+
+def test_the_refiner_is_killed(home, tell):
+    def harm(watch: Watch) -> None:
+        watch.wait("encoding", version=1)
+        watch.processes(REFINER)[0].kill()
+
+    outcome = run_under(settings_of(home, "refiner"), harm)
+    check_whole(outcome)
+    assert len(outcome.of("began")) == 1
+    first = outcome.of("requested")[0]["step"]
+    assert [event["step"] for event in outcome.of("requested")].count(first) >= 2, "what died with it was asked again"
+    tell("kill −9 of the refiner during a refresh", "it restarted; rank 0 asked again for the refresh that was lost", outcome)
+
+
+def test_the_pool_hangs(home, tell):
+    stopped = []
+
+    def harm(watch: Watch) -> None:
+        watch.wait("encoding", version=1)
+        (process, *_) = watch.processes(POOL)
+        process.send_signal(signal.SIGSTOP)
+        stopped.append(process)
+        watch.wait("failed", version=1)
+
+    try:
+        outcome = run_under(settings_of(home, "hang", timeout_seconds=15), harm)
+    finally:
+        for process in stopped:
+            if process.is_running():
+                process.kill()
+    check_whole(outcome)
+    assert "timeout_seconds" in outcome.of("failed")[0]["problem"]
+    tell("a pool actor hangs (stopped)", "the refresh was ended after its time and tried again", outcome)
+
+
+def test_a_refresh_outlasts_training(home, tell):
+    stopped = []
+
+    def harm(watch: Watch) -> None:
+        watch.wait("swapped")
+        watch.wait("started", version=2)
+        (process, *_) = watch.processes(POOL)
+        process.send_signal(signal.SIGSTOP)
+        stopped.append(process)
+        watch.wait("epoch", epoch=EPOCHS)
+
+    try:
+        outcome = run_under(settings_of(home, "outlasts", interval=2), harm)
+    finally:
+        for process in stopped:
+            if process.is_running():
+                process.kill()
+    check_whole(outcome)
+    assert "given up" in {event["outcome"] for event in outcome.of("settled")}
+    tell("a refresh outlasts training", "it was given up for one by the final weights", outcome)
+
+
+def test_refreshes_are_asked_for_faster_than_they_can_be_made(home, tell):
+    outcome = run_under(settings_of(home, "eager", interval=0.1), lambda watch: None)
+    check_whole(outcome)
+    told = [event["outcome"] for event in outcome.of("settled")]
+    assert "superseded by newer weights" in told
+    steps = [row["encoder_step"] for row in outcome.result["refreshes"]]
+    assert steps == sorted(set(steps)), "newest weights win"
+    tell(
+        "a refresh every 6 steps",
+        f"{told.count('superseded by newer weights')} of {len(told)} requests gave way to newer ones",
+        outcome,
+    )
+
+
+# --- training ---
+
+
+def kept(watch: Watch, version: int) -> None:
+    """Wait until a checkpoint that names a version is on storage, and one epoch more, by which Ray Train knows of it."""
+    until(lambda: version in pinned_versions(Folder(str(watch.folder))), 60, "a checkpoint with the version")
+    watch.wait("epoch", epoch=watch.events("epoch")[-1]["epoch"] + 1)
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_worker_is_killed_around_a_swap(home, tell, when):
+    moment = {
+        "before": ("encoding", {"version": 1}),
+        "during": ("published", {"version": 1}),
+        "after": ("swapped", {"version": 1}),
+    }
+
+    def harm(watch: Watch) -> None:
+        kind, fields = moment[when]
+        watch.wait(kind, **fields)
+        if when == "after":
+            kept(watch, 1)
+        watch.processes(WORKER)[0].kill()
+
+    outcome = run_under(settings_of(home, f"worker-{when}"), harm)
+    check_whole(outcome)
+    first, again = outcome.of("began")
+    assert first["step"] == 0
+    assert again["step"] % STEPS == 0
+    assert again["version"] == (1 if when == "after" else again["version"])
+    assert outcome.repeated <= 2 * STEPS
+    did = f"all workers restarted from step {again['step']} with v{again['version']}, the version its checkpoint names"
+    tell(f"kill −9 of a training worker {when} a swap", did, outcome)
+
+
+# --- storage ---
+
+
+def test_storage_fills_up_while_a_version_is_published(home, tell):
+    """The task that writes may write no file of more than 16 KiB: the kernel refuses the rest."""
+
+    def harm(watch: Watch) -> None:
+        watch.wait("started", version=1)
+        (process, *_) = watch.processes(REFRESH)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+
+    outcome = run_under(settings_of(home, "full"), harm)
+    check_whole(outcome)
+    assert outcome.of("failed")[0]["version"] == 1
+    assert not (Path(outcome.result["folder"]) / "knowledge" / "v000001" / "manifest.json").exists()
+    tell("storage refuses writes in the middle of publishing", "no half version was seen; the refresh was tried again", outcome)
+
+
+def damage(folder: Path, how: str) -> None:
+    array, manifest = folder / "audio.npy", folder / "manifest.json"
+    if how == "truncated":
+        array.write_bytes(array.read_bytes()[:-100])
+    elif how == "bit-flipped":
+        content = bytearray(array.read_bytes())
+        content[-9] ^= 1
+        array.write_bytes(bytes(content))
+    elif how == "without its manifest":
+        manifest.unlink()
+    else:
+        told = json.loads(manifest.read_text())
+        told.update({"run": "another"} if how == "of another run" else {"dim": 31})
+        manifest.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit-flipped", "without its manifest", "of another run", "of another dimension"])
+def test_a_snapshot_that_a_checkpoint_names_is_damaged(home, tell, how):
+    """It is damaged under a running job, whose worker is then killed: the restart finds it so."""
+
+    def harm(watch: Watch) -> None:
+        version = watch.wait("swapped")["version"]
+        kept(watch, version)
+        for pinned in pinned_versions(Folder(str(watch.folder))):
+            damage(watch.folder / "knowledge" / f"v{pinned:06d}", how)
+        watch.processes(WORKER)[0].kill()
+
+    outcome = run_under(settings_of(home, f"damaged-{how.replace(' ', '-')}", interval=3), harm)
+    check_whole(outcome)
+    refused = outcome.of("refused")
+    assert refused
+    assert all(f"v{event['version']:06d}" in event["problem"] for event in refused)
+    remade = [event for event in outcome.of("published") if "refused" in event["reason"]]
+    assert remade[0]["encoder_step"] == outcome.of("began")[1]["step"]
+    tell(
+        f"the checkpoint's snapshot is {how}, and a worker dies",
+        "it was refused by name and made anew before training went on",
+        outcome,
+    )
+
+
+# --- the driver ---
+
+
+def test_the_driver_is_killed_and_the_run_continued_by_name(home, tell):
+    settings = settings_of(home, "driver")
+    file = home / "driver.yaml"
+    file.write_text(settings.to_yaml())
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(file)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    run = Folder(str(home / "runs" / "driver"))
+    until(lambda: pinned_versions(run), 120, "a checkpoint that names a version")
+    named = pinned_versions(run)
+    driver.kill()
+    driver.wait()
+    time.sleep(1)
+    outcome = run_under(settings, lambda watch: None)
+    check_whole(outcome)
+    assert outcome.of("began")[-1]["version"] in named
+    shutil.rmtree(home / "runs" / "driver" / "pictures")
+    tell("kill −9 of the driver, and the same command again", "the run went on from its checkpoint with its version", outcome)

@@ -1,0 +1,206 @@
+"""What a knowledge base is made from: names, what is refused before training, and that one recording counts once."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ask_ray.config import DataSettings, SettingsError, SoundscapeSettings
+from ask_ray.data import prepare
+from ask_ray.data.corpora import source_of
+from ask_ray.data.corpus import Corpus
+from ask_ray.knowledge.sources import COMPARED, Extent, Source, check_sources, sources_of
+from ask_ray.storage import Folder
+
+RATE = 8000
+TRAIN, HELD_OUT = 70, 3
+
+
+def prepared(folder: Path, rate: int = RATE, **soundscapes: Any) -> Corpus:
+    """Prepared soundscapes; clips of equal number, length and seed are the same recording in each."""
+    scenes = {"train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT, "seconds": 1, "captions": 2, **soundscapes}
+    data = DataSettings(prepared=str(folder), sample_rate=rate, shard_clips=40, soundscapes=SoundscapeSettings(**scenes))
+    source, home = source_of(data), Folder.at(str(folder))
+    prepare._write_manifest(data, home, source, [prepare.write_shard(source, shard, home) for shard in source.shards()])
+    return Corpus.open(str(folder))
+
+
+def altered(corpus: Corpus, folder: Path, change: Callable[[pa.Table], pa.Table]) -> Corpus:
+    """A copy of a corpus with every file changed."""
+    (folder / "clips").mkdir(parents=True)
+    for path in (corpus.folder.local / "clips").iterdir():
+        pq.write_table(change(pq.read_table(path)), folder / "clips" / path.name, row_group_size=64)
+    Folder.at(str(folder)).write_json("manifest.json", corpus.manifest)
+    return Corpus.open(str(folder))
+
+
+def put(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
+
+
+def renamed(table: pa.Table) -> pa.Table:
+    return put(table, "id", pa.array([f"other {one}" for one in table.column("id").to_pylist()]))
+
+
+def with_a_changed_sample(table: pa.Table, clip: str) -> pa.Table:
+    """The table with another sixth sample in one clip."""
+    offsets = table.column("waveform").combine_chunks().offsets
+    samples = table.column("waveform").combine_chunks().values.to_numpy().copy()
+    if clip in (ids := table.column("id").to_pylist()):
+        samples[offsets[ids.index(clip)].as_py() + 5] ^= 1
+    return put(table, "waveform", pa.ListArray.from_arrays(offsets, samples))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="module")
+def corpus(home) -> Corpus:
+    return prepared(home / "corpus")
+
+
+@pytest.fixture(scope="module")
+def enriched(home) -> Corpus:
+    return prepared(home / "enriched", train=50, captions=6)
+
+
+@pytest.fixture(scope="module")
+def foreign(home) -> Corpus:
+    """Other recordings under ids of their own."""
+    return altered(prepared(home / "seeded", seed=1), home / "foreign", renamed)
+
+
+def check(corpus: Corpus, *wanted: str | Corpus) -> Extent:
+    places = [one if isinstance(one, str) else str(one.folder) for one in wanted]
+    return check_sources(sources_of(places, str(corpus.folder)), corpus)
+
+
+def refused(corpus: Corpus, *wanted: str | Corpus) -> str:
+    with pytest.raises(SettingsError, match=r"^knowledge\.sources: ") as refusal:
+        check(corpus, *wanted)
+    return str(refusal.value)
+
+
+# --- names ---
+
+
+def test_sources_keep_their_order_and_each_has_a_name_of_its_own(corpus, tmp_path):
+    places = ["/a/clotho", "train", "s3://bucket/clotho/", "/b/train", "/c/my corpus (2)", "/d/clotho-2"]
+    made = sources_of(places, str(corpus.folder))
+    assert made[1] == Source("train", str(corpus.folder), "train")
+    assert [source.name for source in made] == ["clotho", "train", "clotho-2", "train-2", "my_corpus__2_", "clotho-2-2"]
+    assert [source.corpus for source in made] == [*places[:1], str(corpus.folder), "s3://bucket/clotho", *places[3:]]
+    assert [source.in_domain for source in made] == [False, True, False, False, False, False]
+    assert {source.split for source in made} == {"train"}
+
+
+def test_a_relative_place_is_made_absolute(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources_of(["other"], str(corpus.folder))[0].corpus == str(tmp_path / "other")
+
+
+def test_one_corpus_in_two_words_is_refused(corpus, enriched):
+    place = enriched.folder.local
+    assert str(place) in refused(corpus, "train", str(place), str(place / ".." / "enriched"))
+    assert "write train" in refused(corpus, corpus)
+
+
+# --- what is accepted ---
+
+
+def test_the_training_split_alone_needs_no_reading(corpus):
+    unreadable = Corpus(Folder("/nowhere"), corpus.manifest)
+    assert check_sources(sources_of(["train"], "/nowhere"), unreadable) == Extent(clips=TRAIN, own=TRAIN)
+
+
+def test_recordings_count_once_whatever_the_number_of_their_sources(corpus, enriched, foreign):
+    assert check(corpus, "train", enriched) == Extent(clips=TRAIN, own=TRAIN)
+    assert check(corpus, enriched) == Extent(clips=50, own=50)
+    assert check(corpus, "train", foreign) == Extent(clips=2 * TRAIN, own=TRAIN)
+    assert check(corpus, foreign) == Extent(clips=TRAIN, own=0)
+    assert check(corpus, enriched, foreign, "train") == Extent(clips=2 * TRAIN, own=TRAIN)
+
+
+def test_an_enriched_corpus_in_another_order_is_the_same_recordings(corpus, enriched, tmp_path):
+    turned = altered(enriched, tmp_path / "turned", lambda table: table.take(list(range(len(table)))[::-1]))
+    assert turned.ids("train") != enriched.ids("train")
+    assert check(corpus, "train", turned).clips == TRAIN
+
+
+# --- what is refused ---
+
+
+def test_a_place_without_a_prepared_corpus_is_refused(corpus, tmp_path):
+    told = refused(corpus, "train", str(tmp_path / "nothing"))
+    assert str(tmp_path / "nothing") in told
+    assert "manifest.json" in told
+    assert "gopher" in refused(corpus, "gopher://nowhere/at/all")
+
+
+def test_another_sample_rate_is_refused(corpus, home):
+    told = refused(corpus, "train", prepared(home / "fast", rate=16000, train=2))
+    assert "fast" in told
+    assert "--data.sample_rate 8000" in told
+
+
+@pytest.mark.parametrize("column", ["waveform", "captions"])
+def test_a_source_without_a_modality_is_refused(corpus, enriched, tmp_path, column):
+    told = refused(corpus, "train", altered(enriched, tmp_path / "half", lambda table: table.drop_columns([column])))
+    assert f"half lacks {column}" in told
+
+
+def test_a_source_without_training_clips_is_refused(corpus, enriched, tmp_path):
+    manifest = copy.deepcopy(enriched.manifest)
+    manifest["splits"]["train"] |= {"clips": 0, "files": []}
+    Folder.at(str(tmp_path)).write_json("manifest.json", manifest)
+    assert "no clips in its train split" in refused(corpus, "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("with_train", [True, False])
+def test_another_recording_under_an_id_of_the_training_split_is_refused(corpus, home, with_train):
+    """Whether or not the training split is a source: its pairs exclude by clip."""
+    told = refused(corpus, *["train"] * with_train, prepared(home / f"clash-{with_train}", train=9, seed=3))
+    assert f"clash-{with_train}" in told
+    assert "another recording" in told
+    assert "'train-0000000'" in told
+
+
+def test_two_sources_with_the_same_id_for_different_recordings_are_refused(corpus, foreign, home, tmp_path):
+    other = altered(prepared(home / "third", seed=7), tmp_path / "third", renamed)
+    told = refused(corpus, "train", foreign, other)
+    assert str(other.folder) in told
+    assert str(foreign.folder) in told
+
+
+@pytest.fixture(scope="module")
+def compared(home) -> tuple[Corpus, Corpus]:
+    """Two preparations of as many recordings as are compared, in two files each."""
+    first, second = (prepared(home / name, train=COMPARED) for name in ("first", "second"))
+    return first, second
+
+
+@pytest.mark.parametrize("place", [0, 39, 40, COMPARED - 1])
+def test_one_other_sample_in_one_of_few_shared_clips_is_seen(compared, place, tmp_path):
+    run, same = compared
+    clip = f"train-{place:07d}"
+    assert check(run, "train", same).clips == COMPARED
+    changed = altered(same, tmp_path / "changed", lambda table: with_a_changed_sample(table, clip))
+    assert repr(clip) in refused(run, "train", changed)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_clips_that_the_run_holds_out_are_refused(corpus, enriched, tmp_path, split):
+    def leaking(table: pa.Table) -> pa.Table:
+        ids = [f"{split}-0000001" if one == "train-0000045" else one for one in table.column("id").to_pylist()]
+        return put(table, "id", pa.array(ids))
+
+    told = refused(corpus, "train", altered(enriched, tmp_path / "leak", leaking))
+    assert f"1 clips of the run's {split} split" in told
+    assert f"'{split}-0000001'" in told
+    assert "leak" in told
