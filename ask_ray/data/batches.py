@@ -7,9 +7,12 @@ that fit in memory: a corpus on remote storage is read about once per epoch, not
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from multiprocessing.context import ForkServerContext
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +100,17 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The epoch's batches from step `first` on."""
-        yield from DataLoader(_Epoch(self, epoch, first), batch_size=None, num_workers=self.data.loader_processes)
+        loaders = self.data.loader_processes
+        yield from DataLoader(
+            _Epoch(self, epoch, first),
+            batch_size=None,
+            num_workers=loaders,
+            multiprocessing_context=_loader_context() if loaders else None,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader process is given: it fills a cache of its own."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _groups(self) -> list[Group]:
@@ -133,6 +146,14 @@ class TrainingBatches:
         words, mask = self.tokenise([found.captions[row][n] for (found, row), n in zip(rows, chosen, strict=True)])
         ids = torch.tensor([id_number(found.ids[row]) for found, row in rows], dtype=torch.int64)
         return Batch(waveforms, lengths, words, mask, ids, torch.tensor(chosen, dtype=torch.int64))
+
+
+def _loader_context() -> ForkServerContext:
+    """Loader processes are forked from a process without threads: a fork of the worker inherits the locks that its threads
+    hold at that moment, such as those of the client of an object storage, and waits for them for ever."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _Epoch(IterableDataset[Batch]):

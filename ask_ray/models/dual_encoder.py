@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,17 @@ class DualEncoder(nn.Module):
         """1 / τ, what similarities are multiplied by to become logits."""
         return 1 / self.temperature
 
-    def tokenise(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions as ids (B, L) int64 and mask (B, L) bool, on the CPU."""
-        return self.text.tokenise(captions)
+    @property
+    def tokenise(self) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+        """What makes ids (B, L) int64 and a mask (B, L) bool of captions, on the CPU."""
+        return self.text.tokenise
 
     def encode_audio(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """(B, S) float32 waveforms of full scale 1 and (B,) int64 lengths in samples -> (B, d) float32 unit vectors."""
         return unit(self.audio_head(self.audio(waveforms, lengths)))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) int64 ids and bool mask from :meth:`tokenise` -> (B, d) float32 unit vectors."""
+        """(B, L) int64 ids and bool mask from :attr:`tokenise` -> (B, d) float32 unit vectors."""
         return unit(self.text_head(self.text(ids, mask)))
 
     def forward(self, waveforms: Tensor, lengths: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

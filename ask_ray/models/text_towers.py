@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +25,17 @@ WORDS = re.compile(r"\w+")
 
 
 class TextTower(nn.Module):
-    """A tower: `width` is the length of its vectors."""
+    """A tower.
+
+    width: the length of its vectors; tokenise: captions as ids (B, L) int64 and a mask (B, L) bool, true for tokens, on the CPU,
+    L as long as needed. It holds nothing of the tower, so that it can be handed to other processes.
+    """
 
     width: int
-
-    def tokenise(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions as ids (B, L) int64 and a mask (B, L) bool, true for tokens, on the CPU; L as long as needed."""
-        raise NotImplementedError
+    tokenise: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) ids and mask, as :meth:`tokenise` makes them -> (B, width)."""
+        """(B, L) ids and mask, as `tokenise` makes them -> (B, width)."""
         raise NotImplementedError
 
 
@@ -61,6 +62,19 @@ class HashedWords:
         return [1] + [2 + zlib.crc32(word.encode()) % (self.vocabulary - 2) for word in words[: self.max_words - 1]]
 
 
+class PublishedTokens:
+    """The tokeniser that came with published weights."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_words: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_words = max_words
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) int64 and mask (B, L) bool; captions are cut to `max_words` tokens."""
+        made = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_words, return_tensors="pt")
+        return made["input_ids"], made["attention_mask"].bool()
+
+
 class TinyText(TextTower):
     """Two transformer layers over hashed words, mean-pooled. A caption's vector does not depend on its batch."""
 
@@ -69,7 +83,7 @@ class TinyText(TextTower):
     def __init__(self, width: float, dropout: float, max_words: int) -> None:
         super().__init__()
         self.width = max(8, round(128 * width / 8) * 8)
-        self.words = HashedWords(self.VOCABULARY, max_words)
+        self.tokenise = HashedWords(self.VOCABULARY, max_words)
         # Words and places start out small and equally strong: with larger words, order is learnt much later.
         self.embed = nn.Embedding(self.VOCABULARY, self.width)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -78,10 +92,6 @@ class TinyText(TextTower):
             self.width, 4, 4 * self.width, dropout, functional.gelu, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(self.width), enable_nested_tensor=False)
-
-    def tokenise(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See :meth:`TextTower.tokenise`."""
-        return self.words(captions)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :meth:`TextTower.forward`."""
@@ -101,23 +111,15 @@ class Bert(TextTower):
         from transformers import BertConfig, BertModel
 
         super().__init__()
-        self.max_words = max_words
         if weights is None:
             heads = max(1, round(12 * width))
             config = BertConfig(hidden_size=64 * heads, num_attention_heads=heads, intermediate_size=256 * heads)
-            self.words: HashedWords | None = HashedWords(config.vocab_size, max_words)
+            self.tokenise = HashedWords(config.vocab_size, max_words)
             self.bert = BertModel(config, add_pooling_layer=False)
         else:
-            self.words = None
-            self.tokenizer, self.bert = published_bert(weights, max_words)
+            tokenizer, self.bert = published_bert(weights, max_words)
+            self.tokenise = PublishedTokens(tokenizer, max_words)
         self.width = self.bert.config.hidden_size
-
-    def tokenise(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See :meth:`TextTower.tokenise`."""
-        if self.words is not None:
-            return self.words(captions)
-        made = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_words, return_tensors="pt")
-        return made["input_ids"], made["attention_mask"].bool()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :meth:`TextTower.forward`."""
