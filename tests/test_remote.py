@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,7 @@ def settings_of(storage: str, prepared: str, home: Path, **training: object) -> 
     )
 
 
-def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_path):
+def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_path, monkeypatch):
     storage, prepared = s3.uri("bucket/runs"), s3.uri("bucket/prepared")
     said = (tmp_path / "said").open("w+")
     console = Console(file=said, width=120)
@@ -161,6 +162,7 @@ def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_pa
     (corpus,) = Folder.at(prepared).names()
     inspection.evaluate(place.uri, (Folder.at(prepared) / corpus).uri, "test", str(tmp_path / "figures.json"), console)
     assert json.loads((tmp_path / "figures.json").read_text())["final"]["t2a"]["n"] == 24
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a search keeps its copy
     assert len(inspection.search("a dog barks", None, storage, 3, console)) == 3
 
     place.remove("result.json")
