@@ -84,7 +84,7 @@ def _filled(settings: Settings, training: dict[str, object], pool_gpus: float) -
 
 def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
     training, pool = settings.training, settings.knowledge.pool
-    workers, each = training.workers or 0, training.gpus_per_worker or 0.0
+    workers, each = training.min_workers or training.workers or 0, training.gpus_per_worker or 0.0  # elastic: the least
     actors = pool.min_actors if settings.ask.enabled else 0
     asked_cpus, asked_gpus = _cpus(settings, workers), round(workers * each + actors * (pool.gpus or 0.0), 4)
     if asked_cpus > cpus or asked_gpus > gpus:

@@ -221,9 +221,10 @@ class Replica:
     def swap(self, version: int) -> None:
         """Use a loaded version from now on and let older ones go. Entries overwritten since its encoding keep their rows."""
         with self._lock:
-            older, self.current = self.current, self._loaded[version]
-            if self.current.overlay is not None and older is not None and older.overlay is not None:
-                self.current.overlay.carry_over(older.overlay)
+            older, newer = self.current, self._loaded[version]
+            if newer.overlay is not None and older is not None and older.overlay is not None:
+                newer.overlay.carry_over(older.overlay)
+            self.current = newer
             self._loaded = {number: known for number, known in self._loaded.items() if number > version}
 
     def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:

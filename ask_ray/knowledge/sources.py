@@ -134,7 +134,7 @@ def _refuse_leak(source: Source, places: dict[str, int], held_out: dict[str, set
         leaked = sorted(ids & places.keys())
         if leaked:
             raise SettingsError(
-                f"knowledge.sources: {source.corpus} holds {len(leaked)} clips of the run's {split} split, such as {leaked[0]!r}"
+                f"knowledge.sources: {masked(source.corpus)} holds {len(leaked)} clips of the run's {split} split, such as {leaked[0]!r}"
                 ": what is evaluated must not be in the knowledge base; take them out"
             )
 
@@ -151,6 +151,6 @@ def _refuse_clash(source: Source, opened: Corpus, places: dict[str, int], other:
     for clip in chosen:
         if not np.array_equal(ours[places[clip]], theirs[there[clip]]):
             raise SettingsError(
-                f"knowledge.sources: clip {clip!r} of {source.corpus} is another recording than the one of that id in "
+                f"knowledge.sources: clip {clip!r} of {masked(source.corpus)} is another recording than the one of that id in "
                 f"{other.folder}: an id must mean the same samples everywhere, so rename the clips of one and prepare it anew"
             )

@@ -203,7 +203,7 @@ class Worker:
         notice = ray.train.get_preemption_info()
         if notice is not None:
             self.warned = True
-            self._save({"step": self.place.step, "preempted": 1}, due=True)
+            self._save({"step": self.place.step, "preempted": 1}, due=True, upload="sync")  # the node may soon be gone
             if self.rank == 0:
                 self.plan.journal.tell("preempted", step=self.place.step, deadline_ms=notice.deadline_ms)
 
@@ -228,15 +228,15 @@ class Worker:
             self.plan.journal.tell("epoch", **metrics)
             self.gauges.set(**metrics)
         last = epoch == training.epochs
-        self._save(metrics, due=last or epoch % training.checkpoint_every == 0)
+        self._save(metrics, due=last or epoch % training.checkpoint_every == 0, upload=training.upload)
 
-    def _save(self, metrics: dict[str, Any], due: bool) -> None:
+    def _save(self, metrics: dict[str, Any], due: bool, upload: str) -> None:
         """Report to Ray Train, with a checkpoint if one is due. Rank 0 writes it; all ranks call."""
         if self.upkeep is not None:
             self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
         states = gather_objects(checkpoint.random_state())
         saved = self._checkpoint(states) if due and self.rank == 0 else None
-        mode = CheckpointUploadMode(self.settings.training.upload.upper())
+        mode = CheckpointUploadMode(upload.upper())
         ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
         if self.rank == 0 and self.upkeep is not None:
             self.named.append(self.place.knowledge_version)  # of checkpoints that may still be on their way to storage

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from sabotage import EPOCHS, POOL, REFINER, REFRESH, STEPS, WORKER, Watch, check_whole, run_under, settings_of, until
+from sabotage import EPOCHS, POOL, REFINER, REFRESH, STEPS, WORKER, Watch, check_whole, run_under, settings_of, stopped, until
 
 from ask_ray.storage import Folder
 from ask_ray.training.checkpoint import pinned_versions
@@ -73,43 +72,25 @@ def test_the_refiner_is_killed(home, tell):
 
 
 def test_the_pool_hangs(home, tell):
-    stopped = []
-
     def harm(watch: Watch) -> None:
         watch.wait("encoding", version=1)
-        (process, *_) = watch.processes(POOL)
-        process.send_signal(signal.SIGSTOP)
-        stopped.append(process)
-        watch.wait("failed", version=1)
+        with stopped(watch.processes(POOL)[0]):
+            watch.wait("failed", version=1)
 
-    try:
-        outcome = run_under(settings_of(home, "hang", timeout_seconds=15), harm)
-    finally:
-        for process in stopped:
-            if process.is_running():
-                process.kill()
+    outcome = run_under(settings_of(home, "hang", timeout_seconds=15), harm)
     check_whole(outcome)
     assert "timeout_seconds" in outcome.of("failed")[0]["problem"]
     tell("a pool actor hangs (stopped)", "the refresh was ended after its time and tried again", outcome)
 
 
 def test_a_refresh_outlasts_training(home, tell):
-    stopped = []
-
     def harm(watch: Watch) -> None:
         watch.wait("swapped")
         watch.wait("started", version=2)
-        (process, *_) = watch.processes(POOL)
-        process.send_signal(signal.SIGSTOP)
-        stopped.append(process)
-        watch.wait("epoch", epoch=EPOCHS)
+        with stopped(watch.processes(POOL)[0]):
+            watch.wait("epoch", epoch=EPOCHS)
 
-    try:
-        outcome = run_under(settings_of(home, "outlasts", interval=2), harm)
-    finally:
-        for process in stopped:
-            if process.is_running():
-                process.kill()
+    outcome = run_under(settings_of(home, "outlasts", interval=2), harm)
     check_whole(outcome)
     assert "given up" in {event["outcome"] for event in outcome.of("settled")}
     tell("a refresh outlasts training", "it was given up for one by the final weights", outcome)
