@@ -134,8 +134,8 @@ def _refuse_leak(source: Source, places: dict[str, int], held_out: dict[str, set
         leaked = sorted(ids & places.keys())
         if leaked:
             raise SettingsError(
-                f"knowledge.sources: {masked(source.corpus)} holds {len(leaked)} clips of the run's {split} split, such as {leaked[0]!r}"
-                ": what is evaluated must not be in the knowledge base; take them out"
+                f"knowledge.sources: {masked(source.corpus)} holds {len(leaked)} clips of the run's {split} split, such "
+                f"as {leaked[0]!r}: what is evaluated must not be in the knowledge base; take them out"
             )
 
 
