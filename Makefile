@@ -19,7 +19,7 @@ train: $(READY)
 	$(BIN)/python jobs/train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest
 
 faults: $(TEST_READY)
 	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults

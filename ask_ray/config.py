@@ -182,7 +182,7 @@ class RefreshSettings(Section):
     poll_steps: Count = Field(4, description="every this many steps workers agree on the version, and the policy decides")
     attempts: Count = Field(3, description="a refresh that fails is tried this often in all")
     backoff_seconds: float = Field(1.0, ge=0, description="pause before the second try; doubled for each one after")
-    timeout_seconds: Positive = Field(3600.0, description="a refresh that takes longer counts as failed")
+    stall_seconds: Positive = Field(600.0, description="a refresh that makes no progress for so long counts as failed")
 
 
 class CorrectionSettings(Section):

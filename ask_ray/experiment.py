@@ -17,7 +17,7 @@ from ask_ray import cluster, report, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
-from ask_ray.journal import Journal
+from ask_ray.journal import START, Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.storage import Folder, masked
 from ask_ray.training import trainer
@@ -150,7 +150,8 @@ class Monitor:
             settings, journal, folder, recorder, console,
         )  # fmt: skip
         self.events: list[dict[str, Any]] = folder.read_json("history.json") if folder.exists("history.json") else []
-        self._read = 0
+        self._mark = START
+        self._unsaved = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
 
@@ -166,14 +167,22 @@ class Monitor:
         over = False
         while not over:
             over = self._over.wait(POLL_SECONDS)
-            new = self._journal.since(self._read)
-            self._read += len(new)
+            new, self._mark = self._journal.read(self._mark)
             self.events += new
             for event in new:
                 self._show(event)
                 self._recorder.record(event)
-            if over or any(event["kind"] in ("epoch", "published") for event in new):
-                self._folder.write_json("history.json", self.events)
+            self._unsaved |= over or any(event["kind"] in ("epoch", "published") for event in new)
+            if self._unsaved:
+                self._save()
+
+    def _save(self) -> None:
+        """Write the history. Storage that is away for now is tried again with the next events."""
+        try:
+            self._folder.write_json("history.json", self.events)
+            self._unsaved = False
+        except OSError as error:
+            self._console.print(f"  [yellow]history.json is not saved yet[/]: {error}")
 
     def _show(self, event: dict[str, Any]) -> None:
         kind = event["kind"]

@@ -10,22 +10,29 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Event = dict[str, Any]
+
+#: Which life of a journal's actor was read, and how many of its events.
+Mark = tuple[str, int]
+START: Mark = ("", 0)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _Keeper:
-    """Holds the events of a run in the order of arrival."""
+    """Holds the events of a run in the order of arrival. A restarted one has forgotten them, and another life."""
 
     def __init__(self) -> None:
+        self._life = uuid.uuid4().hex
         self._events: list[Event] = []
 
     def record(self, event: Event) -> None:
         self._events.append(event)
 
-    def since(self, count: int) -> list[Event]:
-        return self._events[count:]
+    def read(self, mark: Mark) -> tuple[list[Event], Mark]:
+        new = self._events[mark[1] :] if mark[0] == self._life else self._events
+        return new, (self._life, len(self._events))
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,11 @@ class Journal:
 
     @classmethod
     def start(cls) -> tuple[Journal, ActorHandle]:
-        """A new journal, and the actor that lives as long as the caller holds it."""
+        """A new journal, and the actor that lives as long as the caller holds it, on the caller's node: no other node's loss
+        takes it away."""
         name = f"ask_ray-journal-{uuid.uuid4().hex}"
-        return cls(name), _Keeper.options(name=name).remote()  # type: ignore[attr-defined]
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return cls(name), _Keeper.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Record an event without waiting; a lost journal never stops the one who tells."""
@@ -49,13 +58,24 @@ class Journal:
         if keeper is not None:
             keeper.record.remote({"kind": kind, "time": time.time(), **fields})
 
-    def since(self, count: int) -> list[Event]:
-        """The events after the first `count`; none if the journal cannot be reached."""
+    def read(self, mark: Mark = START) -> tuple[list[Event], Mark]:
+        """The events since a mark, and the mark to read on from; no events if the journal cannot be reached.
+
+        What a journal that died had told nobody yet is lost; what it is told after its restart is not.
+        """
         keeper = _keeper(self.name)
+        if keeper is None:
+            return [], mark
         try:
-            return list(ray.get(keeper.since.remote(count), timeout=10)) if keeper is not None else []
+            found: Any = ray.get(keeper.read.remote(mark), timeout=10)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            return []
+            return [], mark
+        events, reached = found
+        return events, reached
+
+    def events(self) -> list[Event]:
+        """All events."""
+        return self.read()[0]
 
 
 @lru_cache(maxsize=8)

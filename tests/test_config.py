@@ -68,7 +68,7 @@ OUTSIDE = {
     "knowledge.refresh.poll_steps": [0],
     "knowledge.refresh.attempts": [0],
     "knowledge.refresh.backoff_seconds": [-0.1],
-    "knowledge.refresh.timeout_seconds": [0],
+    "knowledge.refresh.stall_seconds": [0],
     "knowledge.pool.min_actors": [0],
     "knowledge.pool.max_actors": [0],
     "knowledge.pool.cpus": [0],

@@ -25,47 +25,67 @@ def wait_for(condition, seconds: float = 30.0):
 
 
 def test_events_arrive_in_order_with_kind_time_and_fields(journal):
-    assert journal.since(0) == []
+    assert journal.events() == []
     before = time.time()
     for step in range(5):
         journal.tell("step", step=step, loss=0.5)
-    events = wait_for(lambda: len(journal.since(0)) == 5 and journal.since(0))
+    events = wait_for(lambda: len(journal.events()) == 5 and journal.events())
     assert [(event["kind"], event["step"], event["loss"]) for event in events] == [("step", n, 0.5) for n in range(5)]
     times = [event["time"] for event in events]
     assert times == sorted(times)
     assert before <= times[0] <= times[-1] <= time.time()
-    assert journal.since(3) == events[3:]
-    assert journal.since(5) == journal.since(99) == []
+    read, mark = journal.read()
+    assert read == events
+    assert journal.read(mark) == ([], mark)
+    journal.tell("one more")
+    (event,), later = wait_for(lambda: (found := journal.read(mark))[0] and found)
+    assert event["kind"] == "one more"
+    assert journal.read(later)[0] == []
 
 
 def test_any_process_of_the_job_can_tell(journal):
     @ray.remote(num_cpus=0)
     def elsewhere(told: Journal) -> int:
         told.tell("from a task", answer=42)
-        return len(told.since(0))
+        return len(told.events())
 
     ray.get(elsewhere.remote(pickle.loads(pickle.dumps(journal))))
-    (event,) = wait_for(lambda: journal.since(0))
+    (event,) = wait_for(lambda: journal.events())
     assert (event["kind"], event["answer"]) == ("from a task", 42)
 
 
 def test_journals_are_apart(journal):
     other, keeper = Journal.start()
     other.tell("other")
-    wait_for(lambda: other.since(0))
-    assert journal.since(0) == []
+    wait_for(lambda: other.events())
+    assert journal.events() == []
     ray.kill(keeper)
 
 
 def test_a_lost_journal_stops_no_one(ray_session):
     journal, keeper = Journal.start()
     journal.tell("heard")
-    wait_for(lambda: journal.since(0))
+    wait_for(lambda: journal.events())
     ray.kill(keeper)
-    wait_for(lambda: not journal.since(0))  # a killed actor may answer once more
+    wait_for(lambda: not journal.events())  # a killed actor may answer once more
     for _ in range(3):
         journal.tell("unheard")
-        assert journal.since(0) == []
+        assert journal.events() == []
     never = Journal("there is none of this name")
     never.tell("unheard")
-    assert never.since(0) == []
+    assert never.events() == []
+
+
+def test_a_journal_that_was_restarted_is_read_on_from_its_new_beginning(ray_session):
+    journal, keeper = Journal.start()
+    for step in range(3):
+        journal.tell("step", step=step)
+    wait_for(lambda: len(journal.events()) == 3)
+    read, mark = journal.read()
+    ray.kill(keeper, no_restart=False)
+    wait_for(lambda: not journal.events())
+    for step in range(3, 7):
+        journal.tell("step", step=step)
+    wait_for(lambda: len(journal.events()) == 4)
+    assert [event["step"] for event in read + journal.read(mark)[0]] == list(range(7))
+    ray.kill(keeper)

@@ -7,23 +7,27 @@ nothing with it. What fails is tried again with a growing pause; what still fail
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
-import torch
-from torch import Tensor
+from ray.actor import ActorHandle
+from ray.exceptions import UserCodeException
 
 from ask_ray.config import KnowledgeSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.encoding import EncodingError, EncodingPlan, encode
 from ask_ray.knowledge.snapshot import Embeddings
+from ask_ray.models.weights import not_finite
 from ask_ray.storage import Folder
 
 #: Beside the versions: where the run's current line of versions begins.
 LINE = "line.json"
+
+SUPERSEDED = "superseded by newer weights"
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,18 @@ class UnusableWeights(EncodingError):
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray.ObjectRef], journal: Journal) -> dict[str, Any]:
+def refresh(
+    plan: RefreshPlan,
+    version: int,
+    request: Request,
+    weights: list[ray.ObjectRef],
+    journal: Journal,
+    refiner: ActorHandle,
+) -> dict[str, Any]:
     """Encode the source with `weights[0]`, build prototypes and indexes, publish the version.
+
+    Args:
+        refiner: is told of every piece of progress.
 
     Returns:
         the manifest.
@@ -75,11 +89,13 @@ def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray
         StorageError: if the version cannot be written.
     """
     started = time.time()
-    check_finite(ray.get(weights[0]), request.step)
+    if name := not_finite(ray.get(weights[0])):
+        raise UnusableWeights(f"the weights of step {request.step} are not finite ({name}): the version in use stays")
     told = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal told
+        refiner.progressed.remote(version)
         if done == total or done / total >= told + 0.25:
             told = done / total
             journal.tell("encoding", version=version, done=done, total=total)
@@ -87,8 +103,10 @@ def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray
     entries, rows = encode(plan.encoding, weights[0], progress)
     encoded = time.time()
     paired = Embeddings(*index.prototypes(rows.audio, rows.text, plan.prototypes, plan.seed))
+    refiner.progressed.remote(version)
     limits = (plan.knowledge.exact_below, plan.knowledge.probes, plan.seed)
     built = (index.build(rows.audio, *limits), index.build(rows.text, *limits))
+    refiner.progressed.remote(version)
     facts = {
         "run": plan.run,
         "encoder_step": request.step,
@@ -99,17 +117,6 @@ def refresh(plan: RefreshPlan, version: int, request: Request, weights: list[ray
         "build_seconds": time.time() - encoded,
     }
     return snapshot.publish(plan.home, version, entries, rows, paired, built, facts)
-
-
-def check_finite(weights: dict[str, Tensor], step: int) -> None:
-    """Refuse weights with NaN or infinite values.
-
-    Raises:
-        UnusableWeights: naming the first such tensor.
-    """
-    for name, value in weights.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UnusableWeights(f"the weights of step {step} are not finite ({name}): the version in use stays")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=5)
@@ -126,17 +133,20 @@ class Refiner:
         self._last = max(there, default=0)
         self._line = _known_line(plan.home, there)
         self._live = 0
+        self._latest = 0  # step of the newest weights taken
         self._pinned: set[int] | None = None
         self._outcomes: dict[str, Outcome] = {}
         self._pending: tuple[Request, ray.ObjectRef] | None = None
         self._newest: tuple[Request, ray.ObjectRef] | None = None
         self._refusals = 0
         self._current: ray.ObjectRef | None = None
+        self._moved = 0.0
         self._worker: asyncio.Task[None] | None = None
 
     async def start_from(self, version: int) -> None:
         """Begin (again) at a version, 0 for none: later ones belong to steps that a restart took back."""
         self._give_up()
+        self._latest = 0
         self._line = [version] if version else []
         self._live = version
         try:
@@ -147,9 +157,13 @@ class Refiner:
     async def request(self, request: Request, weights: list[ray.ObjectRef], urgent: bool = False) -> None:
         """Ask for a refresh with these weights (a reference in a list) and go on. Asking twice with a ticket is asking once.
 
-        An older request still waiting yields. An urgent one also ends a refresh that is under way.
+        Newest weights win, whatever the order of arrival: an older request still waiting yields. An urgent one also ends a
+        refresh that is under way.
         """
         if request.ticket in self._outcomes:
+            return
+        if request.step < self._latest:  # what was on its way while the refiner was restarted may come late
+            self._settle(request, None, SUPERSEDED)
             return
         if urgent:
             self._give_up()
@@ -158,8 +172,9 @@ class Refiner:
 
     def _take(self, request: Request, weights: ray.ObjectRef) -> None:
         if self._pending is not None:
-            self._settle(self._pending[0], None, "superseded by newer weights")
+            self._settle(self._pending[0], None, SUPERSEDED)
         self._outcomes[request.ticket] = Outcome(known=True, over=False, version=None)
+        self._latest = request.step
         self._pending = (request, weights)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
@@ -178,6 +193,11 @@ class Refiner:
         while not (later := [known for known in self._line if known > version]) and time.monotonic() < end:
             await asyncio.sleep(0.05)
         return later[0] if later else None
+
+    async def progressed(self, version: int) -> None:
+        """The refresh that makes `version` has moved on."""
+        if version == self._last:
+            self._moved = time.monotonic()
 
     async def swapped(self, version: int) -> None:
         """Training now uses `version`."""
@@ -226,8 +246,8 @@ class Refiner:
         for attempt in range(1, refresh_settings.attempts + 1):
             self._last += 1
             try:
-                manifest = await self._attempt(request, weights, self._last, refresh_settings.timeout_seconds)
-            except (TimeoutError, Exception) as error:
+                manifest = await self._attempt(request, weights, self._last, refresh_settings.stall_seconds)
+            except Exception as error:
                 problem = _told(error)
                 self._journal.tell("failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
                 if isinstance(getattr(error, "cause", None), UnusableWeights):
@@ -250,17 +270,22 @@ class Refiner:
         self._settle(request, manifest["version"], "published")
         self._prune()
 
-    async def _attempt(self, request: Request, weights: ray.ObjectRef, version: int, seconds: float) -> dict[str, Any]:
+    async def _attempt(self, request: Request, weights: ray.ObjectRef, version: int, patience: float) -> dict[str, Any]:
+        """One try, ended when it makes no progress for `patience` seconds: a pool that waits for nothing raises nothing."""
         self._journal.tell("started", version=version, step=request.step)
-        task = refresh.remote(self._plan, version, request, [weights], self._journal)
-        self._current = task
+        myself = ray.get_runtime_context().current_actor
+        self._moved = time.monotonic()
+        self._current = task = refresh.remote(self._plan, version, request, [weights], self._journal, myself)
+        made = asyncio.wrap_future(task.future())
         try:
-            manifest: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(task.future()), seconds)
-            return manifest
-        except TimeoutError:
+            while (left := self._moved + patience - time.monotonic()) > 0:
+                if (await asyncio.wait([made], timeout=left))[0]:
+                    manifest: dict[str, Any] = made.result()
+                    return manifest
             ray.cancel(task, force=True)
-            raise
+            raise TimeoutError(f"no progress for {patience:g} s (knowledge.refresh.stall_seconds)")
         finally:
+            made.cancel()
             if self._current is task:
                 self._current = None
 
@@ -287,7 +312,9 @@ def _known_line(home: Folder, there: list[int]) -> list[int]:
 
 def _told(error: BaseException) -> str:
     """The cause of a failure in a line."""
-    if isinstance(error, asyncio.TimeoutError):
-        return "took longer than knowledge.refresh.timeout_seconds"
+    if isinstance(getattr(error, "cause", None), UserCodeException):  # Ray Data keeps what an encoder raised as text alone
+        raised = re.findall(r"^[\w.]+(?:Error|Exception|Exit)\b.*$", str(error).split("\nThe above exception")[0], re.MULTILINE)
+        if raised:
+            return str(raised[-1])
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"

@@ -17,6 +17,11 @@ class WeightsError(ValueError):
     """Published weights that cannot be read or do not fit. The message names them and what to do."""
 
 
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinite values, or None."""
+    return next((name for name, of in state.items() if of.is_floating_point() and not bool(torch.isfinite(of).all())), None)
+
+
 def load_tensors(path: str | Path, setting: str = "model.audio_weights") -> dict[str, Tensor]:
     """Tensors by name from a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), on the CPU.
 

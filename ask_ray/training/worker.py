@@ -27,7 +27,8 @@ from ask_ray.knowledge.sources import sources_of
 from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.storage import Folder
+from ask_ray.models.weights import not_finite
+from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
@@ -41,6 +42,10 @@ STEPS_TOLD = 10
 
 #: What of a checkpoint's memory is the cross-batch queue.
 QUEUE = "queue."
+
+
+class TrainingDiverged(RuntimeError):
+    """Weights that are not finite. The message names the step and the tensor."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Worker:
         self.warned = False
         self.gauges = Gauges(plan.run)
         self.named: deque[int] = deque(maxlen=training.keep_checkpoints + 1)
+        self.found: list[int] = []
         self.place = Place(0, 0, 0, plan.corpus)
         self.upkeep = self._upkeep()
 
@@ -231,7 +237,16 @@ class Worker:
         self._save(metrics, due=last or epoch % training.checkpoint_every == 0, upload=training.upload)
 
     def _save(self, metrics: dict[str, Any], due: bool, upload: str) -> None:
-        """Report to Ray Train, with a checkpoint if one is due. Rank 0 writes it; all ranks call."""
+        """Report to Ray Train, with a checkpoint if one is due. Rank 0 writes it; all ranks call.
+
+        Raises:
+            TrainingDiverged: instead of saving weights that are not finite, which would push out the good checkpoints.
+        """
+        if name := not_finite(self.model.state_dict()):
+            raise TrainingDiverged(
+                f"the weights of step {self.place.step} are not finite ({name}); no such checkpoint is saved. If it happens "
+                "again after the restart from the last one, lower training.learning_rate or training.clip_norm"
+            )
         if self.upkeep is not None:
             self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
         states = gather_objects(checkpoint.random_state())
@@ -239,9 +254,16 @@ class Worker:
         mode = CheckpointUploadMode(upload.upper())
         ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
         if self.rank == 0 and self.upkeep is not None:
-            self.named.append(self.place.knowledge_version)  # of checkpoints that may still be on their way to storage
-            pinned = {*checkpoint.pinned_versions(self.plan.folder), *self.named} - {0}
-            self.plan.refiner.pin.remote(sorted(pinned))  # type: ignore[union-attr]
+            self._pin()
+
+    def _pin(self) -> None:
+        """Tell the refiner which versions checkpoints name; while storage is away, also those that the last look found."""
+        self.named.append(self.place.knowledge_version)  # of checkpoints that may still be on their way to storage
+        try:
+            self.found = checkpoint.pinned_versions(self.plan.folder)
+        except StorageError as error:
+            self.plan.journal.tell("not listed", problem=str(error))
+        self.plan.refiner.pin.remote(sorted({*self.found, *self.named} - {0}))  # type: ignore[union-attr]
 
     def _checkpoint(self, states: list[dict[str, Tensor]]) -> ray.train.Checkpoint:
         """A checkpoint in a temporary folder, which Ray Train removes when it has copied it."""

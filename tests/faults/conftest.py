@@ -1,8 +1,12 @@
 """The fault suite's session, its rows, and the table that `make faults` writes."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import misbehave
 import pytest
+import ray.cloudpickle
 
 ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 
@@ -40,6 +44,17 @@ def tell(request: pytest.FixtureRequest):
         request.config.stash[ROWS].append((fault, did, f"{outcome.still:.1f} s", f"{outcome.repeated}"))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite's own session: 4 logical CPUs, and processes that heed orders to misbehave."""
+    os.environ[misbehave.ORDERS] = str(tmp_path_factory.mktemp("orders"))
+    ray.cloudpickle.register_pickle_by_value(misbehave)
+    setup = {"worker_process_setup_hook": misbehave.install}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=setup)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

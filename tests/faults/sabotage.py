@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import threading
@@ -21,6 +20,7 @@ from rich.console import Console
 from ask_ray import experiment
 from ask_ray.config import Settings, load
 from ask_ray.journal import Journal
+from ask_ray.storage import Folder
 
 Event = dict[str, Any]
 Found = TypeVar("Found")
@@ -30,11 +30,11 @@ POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Re
 EPOCHS, STEPS, ENTRIES = 10, 64, 1024
 
 
-def settings_of(home: Path, name: str, **refresh: Any) -> Settings:
+def settings_of(home: Path, name: str, storage: str | None = None, **refresh: Any) -> Settings:
     """Two workers, 640 steps, a refresh every epoch beside training."""
     return load(
         {
-            "run": {"storage": str(home / "runs"), "name": name},
+            "run": {"storage": storage or str(home / "runs"), "name": name},
             "data": {
                 "prepared": str(home / "prepared"),
                 "soundscapes": {"train": ENTRIES, "validation": 0, "test": 48, "seconds": 1.5, "captions": 2},
@@ -42,6 +42,7 @@ def settings_of(home: Path, name: str, **refresh: Any) -> Settings:
             "model": {"dim": 32, "width": 0.25},
             "ask": {"prototypes": 16},
             "knowledge": {
+                "cache": str(home / "cache"),
                 "drift_probe": 0,
                 "refresh": {"interval": 1, "poll_steps": 1, "warmup_epochs": 0.5, "backoff_seconds": 0.2, **refresh},
             },
@@ -56,13 +57,13 @@ class Watch:
     """What a saboteur sees of a run: its events as they come, and its processes."""
 
     settings: Settings
-    folder: Path
+    folder: Folder
     started: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[Event]:
         """The run's events of a kind so far."""
         names = [name for name in ray.util.list_named_actors() if name.startswith("ask_ray-journal-")]
-        told = [event for name in names for event in Journal(name).since(0)]
+        told = [event for name in names for event in Journal(name).events()]
         return [event for event in told if event["kind"] == kind and event["time"] >= self.started]
 
     def wait(self, kind: str, seconds: float = 90.0, **fields: Any) -> Event:
@@ -142,7 +143,7 @@ class Outcome:
 
 def run_under(settings: Settings, harm: Callable[[Watch], None]) -> Outcome:
     """Run to the end while `harm` works in a thread of its own; what goes wrong in it fails the test."""
-    watch = Watch(settings, Path(settings.run.storage) / str(settings.run.name))
+    watch = Watch(settings, Folder.at(settings.run.storage) / str(settings.run.name))
     problems: list[BaseException] = []
 
     def work() -> None:
@@ -158,7 +159,7 @@ def run_under(settings: Settings, harm: Callable[[Watch], None]) -> Outcome:
     saboteur.join(10)
     assert not problems, problems
     assert not saboteur.is_alive(), "the run ended before the fault"
-    return Outcome(result, json.loads((watch.folder / "history.json").read_text()))
+    return Outcome(result, watch.folder.read_json("history.json"))
 
 
 def check_whole(outcome: Outcome) -> None:

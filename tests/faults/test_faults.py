@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import misbehave
 import pytest
 from sabotage import EPOCHS, POOL, REFINER, REFRESH, STEPS, WORKER, Watch, check_whole, run_under, settings_of, stopped, until
 
@@ -63,11 +67,11 @@ def test_the_refiner_is_killed(home, tell):
         watch.wait("encoding", version=1)
         watch.processes(REFINER)[0].kill()
 
-    outcome = run_under(settings_of(home, "refiner"), harm)
+    outcome = run_under(settings_of(home, "refiner", policy="static"), harm)
     check_whole(outcome)
     assert len(outcome.of("began")) == 1
-    first = outcome.of("requested")[0]["step"]
-    assert [event["step"] for event in outcome.of("requested")].count(first) >= 2, "what died with it was asked again"
+    first, again, _ = [event["step"] for event in outcome.of("requested")]
+    assert first == again == outcome.of("published")[0]["encoder_step"], "what died with it was asked again"
     tell("kill −9 of the refiner during a refresh", "it restarted; rank 0 asked again for the refresh that was lost", outcome)
 
 
@@ -77,10 +81,45 @@ def test_the_pool_hangs(home, tell):
         with stopped(watch.processes(POOL)[0]):
             watch.wait("failed", version=1)
 
-    outcome = run_under(settings_of(home, "hang", timeout_seconds=15), harm)
+    outcome = run_under(settings_of(home, "hang", stall_seconds=15), harm)
     check_whole(outcome)
-    assert "timeout_seconds" in outcome.of("failed")[0]["problem"]
-    tell("a pool actor hangs (stopped)", "the refresh was ended after its time and tried again", outcome)
+    assert "stall_seconds" in outcome.of("failed")[0]["problem"]
+    tell("a pool actor hangs (stopped)", "the refresh made no progress, was ended and tried again", outcome)
+
+
+@pytest.mark.parametrize(("what", "told"), [("raise", "raises"), ("few", "returns too few rows"), ("exit", "exits cleanly")])
+def test_an_encoder_goes_wrong_on_one_batch(home, tell, what, told):
+    def harm(watch: Watch) -> None:
+        until(lambda: misbehave.carried_out(what), 90, f"{what} to be carried out")
+
+    misbehave.order(what)
+    outcome = run_under(settings_of(home, what, stall_seconds=15), harm)
+    check_whole(outcome)
+    assert len(outcome.of("began")) == 1
+    failed = [event["problem"] for event in outcome.of("failed")]
+    if what != "exit":
+        assert {"raise": "told to raise", "few": "clips came back"}[what] in failed[0]
+    tell(
+        f"a pool actor {told} on one batch",
+        f"{len(failed)} tries failed{f': {failed[0]}' if failed else ', Ray Data replaced it'}",
+        outcome,
+    )
+
+
+def test_weights_are_no_numbers(home, tell):
+    def harm(watch: Watch) -> None:
+        watch.wait("swapped")
+        misbehave.order("diverge")
+        watch.wait("failed")
+
+    outcome = run_under(settings_of(home, "diverged", unit="steps", interval=20), harm)
+    check_whole(outcome)
+    (first, *_) = outcome.of("failed")
+    assert "not finite" in first["problem"]
+    assert first["version"] not in {event["version"] for event in outcome.of("published")}
+    assert len(outcome.of("began")) == 2
+    did = "the refresh was refused and the old version stayed; no such checkpoint was saved, the workers restarted from the last"
+    tell("training leaves a weight that is not a number", did, outcome)
 
 
 def test_a_refresh_outlasts_training(home, tell):
@@ -115,7 +154,7 @@ def test_refreshes_are_asked_for_faster_than_they_can_be_made(home, tell):
 
 def kept(watch: Watch, version: int) -> None:
     """Wait until a checkpoint that names a version is on storage, and one epoch more, by which Ray Train knows of it."""
-    until(lambda: version in pinned_versions(Folder(str(watch.folder))), 60, "a checkpoint with the version")
+    until(lambda: version in pinned_versions(watch.folder), 60, "a checkpoint with the version")
     watch.wait("epoch", epoch=watch.events("epoch")[-1]["epoch"] + 1)
 
 
@@ -163,6 +202,36 @@ def test_storage_fills_up_while_a_version_is_published(home, tell):
     tell("storage refuses writes in the middle of publishing", "no half version was seen; the refresh was tried again", outcome)
 
 
+def test_object_storage_goes_away_and_comes_back(home, tell, start_s3):
+    """The server stops answering while a version is published, and again while the next one is read."""
+    server = start_s3()
+
+    @contextlib.contextmanager
+    def away() -> Iterator[None]:
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+
+    def harm(watch: Watch) -> None:
+        watch.wait("started", version=1)
+        with away():
+            watch.wait("failed", version=1)
+        version = watch.wait("published")["version"]
+        watch.wait("swapped", version=version)
+        later = watch.wait("published", version=version + 1)["version"]
+        with away():
+            watch.wait("unreadable", version=later)
+
+    outcome = run_under(settings_of(home, "away", server.uri("bucket/runs")), harm)
+    check_whole(outcome)
+    assert all(event["version"] not in {v["version"] for v in outcome.of("published")} for event in outcome.of("failed"))
+    did = f"{len(outcome.of('failed'))} refreshes failed and were tried again, {len(outcome.of('unreadable'))} reads were; "
+    did += f"the workers restarted {len(outcome.of('began')) - 1} times"
+    tell("object storage stops answering, twice, and comes back", did, outcome)
+
+
 def damage(folder: Path, how: str) -> None:
     array, manifest = folder / "audio.npy", folder / "manifest.json"
     if how == "truncated":
@@ -186,8 +255,8 @@ def test_a_snapshot_that_a_checkpoint_names_is_damaged(home, tell, how):
     def harm(watch: Watch) -> None:
         version = watch.wait("swapped")["version"]
         kept(watch, version)
-        for pinned in pinned_versions(Folder(str(watch.folder))):
-            damage(watch.folder / "knowledge" / f"v{pinned:06d}", how)
+        for pinned in pinned_versions(watch.folder):
+            damage(Path(str(watch.folder)) / "knowledge" / f"v{pinned:06d}", how)
         watch.processes(WORKER)[0].kill()
 
     outcome = run_under(settings_of(home, f"damaged-{how.replace(' ', '-')}", interval=3), harm)

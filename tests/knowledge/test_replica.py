@@ -188,7 +188,7 @@ class Line:
 
     def __init__(self, home: Folder, refiner: ActorHandle, journal: Journal) -> None:
         self.home, self.refiner, self.journal = home, refiner, journal
-        self.before = len(journal.since(0))
+        self.before = journal.read()[1]
         self.replicas: list[Replica] = []
         self.offer(0)
 
@@ -203,7 +203,7 @@ class Line:
         return made
 
     def events(self, kind: str) -> list[dict]:
-        return [event for event in self.journal.since(self.before) if event["kind"] == kind]
+        return [event for event in self.journal.read(self.before)[0] if event["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

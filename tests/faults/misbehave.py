@@ -1,0 +1,72 @@
+"""Processes that misbehave once, on order: real actors and workers whose code goes wrong, without a switch in the product.
+
+Ray runs :func:`install` at the start of every worker process of the session. An order is an empty file, named by what is
+to go wrong, in the folder that the environment names; the first process that can carry it out does, and removes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import wrapt
+
+#: Environment variable: the folder of orders.
+ORDERS = "ASK_RAY_TEST_ORDERS"
+
+
+def order(what: str) -> None:
+    """Have the next unit that is encoded go wrong: `raise`, `exit` (cleanly) or `few` (a row is missing); or `diverge`: the
+    next step leaves a weight that is not a number."""
+    (Path(os.environ[ORDERS]) / what).touch()
+
+
+def carried_out(what: str) -> bool:
+    """Whether an order is no longer waiting."""
+    return not (Path(os.environ[ORDERS]) / what).exists()
+
+
+def install() -> None:
+    """Make this process heed orders, as soon as what they are about is imported."""
+    wrapt.register_post_import_hook(_heed_encoder, "ask_ray.knowledge.encoding")
+    wrapt.register_post_import_hook(_heed_stepper, "ask_ray.training.step")
+
+
+def _heed_stepper(module: ModuleType) -> None:
+    take = module.Stepper.take
+
+    @functools.wraps(take)
+    def call(self, *arguments):
+        made = take(self, *arguments)
+        if _taken("diverge"):
+            next(self._model.parameters()).data.view(-1)[0] = float("nan")
+        return made
+
+    module.Stepper.take = call
+
+
+def _heed_encoder(module: ModuleType) -> None:
+    encode = module.Encoder.__call__
+
+    @functools.wraps(encode)
+    def call(self, batch):
+        if _taken("raise"):
+            raise RuntimeError("an encoder that was told to raise")
+        if _taken("exit"):
+            sys.exit(0)
+        made = encode(self, batch)
+        return {name: column[:-1] for name, column in made.items()} if _taken("few") else made
+
+    module.Encoder.__call__ = call
+
+
+def _taken(what: str) -> bool:
+    """Whether this process is the one that carries an order out."""
+    try:
+        (Path(os.environ[ORDERS]) / what).unlink()
+    except FileNotFoundError:
+        return False
+    return True
