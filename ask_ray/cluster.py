@@ -37,10 +37,14 @@ def connect(settings: Settings) -> None:
 
 
 def _cpus(settings: Settings, workers: int) -> float:
-    """CPUs that training and the pool beside it reserve at once."""
-    pool = settings.knowledge.pool
+    """CPUs that training and what runs beside it, the pool and an evaluation, reserve at once."""
+    training, pool = settings.training, settings.knowledge.pool
     beside = pool.min_actors * pool.cpus if settings.ask.enabled else 0.0
-    return round(workers * settings.training.cpus_per_worker + beside, 4)  # as fine as Ray counts
+    return round(workers * training.cpus_per_worker + beside + _evaluation_cpus(settings), 4)  # as fine as Ray counts
+
+
+def _evaluation_cpus(settings: Settings) -> float:
+    return settings.training.evaluation_cpus if settings.training.evaluates_beside else 0.0
 
 
 def fitted(settings: Settings) -> Settings:
@@ -91,8 +95,9 @@ def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
         raise SettingsError(
             f"training.workers: the run reserves {asked_cpus:g} CPU and {asked_gpus:g} GPU at once ({workers} workers x "
             f"{training.cpus_per_worker:g} CPU + {each:g} GPU, {actors} encoder actors x {pool.cpus:g} CPU + "
-            f"{pool.gpus or 0.0:g} GPU), the cluster has {cpus:g} CPU and {gpus:g} GPU: lower training.workers, "
-            "training.cpus_per_worker or knowledge.pool.cpus, set training.device to cpu, or add nodes"
+            f"{pool.gpus or 0.0:g} GPU, {_evaluation_cpus(settings):g} CPU for evaluation beside training), the cluster has "
+            f"{cpus:g} CPU and {gpus:g} GPU: lower training.workers, training.cpus_per_worker, training.evaluation_cpus or "
+            "knowledge.pool.cpus, set training.device to cpu, or add nodes"
         )
 
 
@@ -102,6 +107,7 @@ def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
     for field, asked in (
         ("training.cpus_per_worker", settings.training.cpus_per_worker),
         ("knowledge.pool.cpus", settings.knowledge.pool.cpus if settings.ask.enabled else 0.0),
+        ("training.evaluation_cpus", _evaluation_cpus(settings)),
     ):
         if asked > largest:
             raise SettingsError(f"{field}: {asked:g} CPU are asked of one node, the largest node has {largest:g}")

@@ -253,6 +253,15 @@ class TrainingSettings(Section):
     warmup_share: Share = Field(0.1, description="share of all steps over which the learning rate rises; then cosine")
     clip_norm: Positive = Field(1.0, description="largest gradient norm")
     evaluate_every: Natural = Field(3, description="epochs between evaluations on the validation split; 0: never")
+    evaluation: Literal["workers", "beside"] = Field(
+        "workers",
+        description="who evaluates on the validation split: the workers, which stop training for it, or a task beside training "
+        "that opens the epoch's checkpoint (saved then even if `checkpoint_every` asks for none)",
+    )
+    evaluation_cpus: Positive = Field(0.5, description="CPUs reserved by the task of evaluation beside training")
+    evaluation_timeout_seconds: Positive = Field(
+        1800.0, description="evaluation beside training that takes longer, its wait for CPUs included, is given up"
+    )
     checkpoint_every: Count = Field(1, description="epochs between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
     upload: Literal["async", "sync"] = Field("async", description="train on while a checkpoint is copied to storage, or wait")
@@ -261,6 +270,15 @@ class TrainingSettings(Section):
         description="steps between looks for a notice that a node will be taken away, on which a checkpoint is saved; 0: never",
     )
     max_failures: Natural = Field(2, description="times a failed worker group is restarted from its checkpoint")
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the validation split is evaluated after so many whole epochs."""
+        return self.evaluate_every > 0 and epoch % self.evaluate_every == 0
+
+    @property
+    def evaluates_beside(self) -> bool:
+        """Whether a task beside training ever evaluates."""
+        return self.evaluation == "beside" and 0 < self.evaluate_every <= self.epochs
 
 
 class TrackingSettings(Section):

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "training.min_workers",
     "training.upload",
     "training.preemption_steps",
+    "training.evaluation",
     "training.cpus_per_worker",
     "training.gpus_per_worker",
     "training.device",
@@ -78,7 +79,20 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         pictures = report.draw(place.folder, seen.events, result)
         recorder.finish(result, pictures)
     _tell(console, result, place, pictures, recorder)
+    if missing := _unevaluated(settings, corpus, seen.events):
+        console.print(
+            f"[red]Not evaluated[/]: epochs {missing}; their evaluation beside training failed or took longer than "
+            "training.evaluation_timeout_seconds"
+        )
     return result
+
+
+def _unevaluated(settings: Settings, corpus: Corpus, events: list[dict[str, Any]]) -> list[int]:
+    """Epochs that were to be evaluated and of which no figures came."""
+    if corpus.clips("validation") == 0:
+        return []
+    due = [epoch for epoch in range(1, settings.training.epochs + 1) if settings.training.evaluates(epoch)]
+    return sorted({*due} - {event["epoch"] for event in report.validations(events)})
 
 
 def _named(settings: Settings) -> Settings:
@@ -188,6 +202,10 @@ class Monitor:
         kind = event["kind"]
         if kind == "epoch":
             self._console.print(self._epoch_line(event))
+        elif kind == "validated":
+            self._console.print("  ".join([f"  epoch {event['epoch']} evaluated", *_recalls(event)]))
+        elif kind == "not validated":
+            self._console.print(f"  [red]an evaluation beside training failed[/]: {event['problem']}")
         elif kind == "published":
             self._console.print(
                 f"  knowledge base v{event['version']}: {event['entries']} entries by step {event['encoder_step']}, encoded in "
@@ -203,12 +221,16 @@ class Monitor:
     def _epoch_line(self, event: dict[str, Any]) -> str:
         parts = [f"epoch {event['epoch']:>3}/{self._settings.training.epochs}", f"loss {event['loss']:.3f}"]
         parts.append(f"τ {event['temperature']:.3f}")
-        for key, label in (("rdm_audio", "RDM"), ("consistency", "consistency"), ("t2a_r1", "val R@1 t2a")):
+        for key, label in (("rdm_audio", "RDM"), ("consistency", "consistency")):
             if key in event:
                 parts.append(f"{label} {event[key]:.3f}")
-        if "a2t_r1" in event:
-            parts.append(f"a2t {event['a2t_r1']:.3f}")
-        return "  ".join([*parts, f"{event['clips_per_second']:.0f} clips/s"])
+        return "  ".join([*parts, *_recalls(event), f"{event['clips_per_second']:.0f} clips/s"])
+
+
+def _recalls(event: dict[str, Any]) -> list[str]:
+    """The parts of a progress line that tell an evaluation's figures, none if the event has none."""
+    labels = (("t2a_r1", "val R@1 t2a"), ("a2t_r1", "a2t"))
+    return [f"{label} {event[key]:.3f}" for key, label in labels if key in event]
 
 
 def _result(

@@ -54,6 +54,13 @@ def refreshes(events: Events) -> list[dict[str, Any]]:
     return rows
 
 
+def validations(events: Events) -> Events:
+    """The events that hold figures of the validation split, `t2a_r1` and the like, by step: epochs that the workers evaluated
+    themselves and evaluations beside training."""
+    found = {event["step"]: event for event in events if event["kind"] in ("epoch", "validated") and "t2a_r1" in event}
+    return [found[step] for step in sorted(found)]
+
+
 def retrieval_table(title: str, figures: dict[str, dict[str, Any]]) -> Table:
     """Retrieval figures as the field prints them: a row for each direction of each named result."""
     table = Table(title=title)
@@ -124,9 +131,10 @@ def curves(events: Events, result: dict[str, Any]) -> Figure | None:
     _plot(left, epochs, "loss_a2t", "audio → text", ORANGE)
     _plot(left, epochs, "loss_t2a", "text → audio", GREEN)
     _finished(left, "Loss", "nats")
+    validated = validations(events)
     for way, name, colour in (("t2a", "text → audio", GREEN), ("a2t", "audio → text", ORANGE)):
-        clips = next((event[f"{way}_n"] for event in epochs if f"{way}_n" in event), 0)
-        _plot(right, epochs, f"{way}_r1", f"{name}, validation (N = {clips})", colour, "o")
+        clips = next((event[f"{way}_n"] for event in validated if f"{way}_n" in event), 0)
+        _plot(right, validated, f"{way}_r1", f"{name}, validation (N = {clips})", colour, "o")
         of = result.get("final", {}).get(way)
         if of:
             right.plot(epochs[-1]["step"], of["r1"], "*", color=colour, markersize=13, label=f"{name}, test (N = {of['n']})")

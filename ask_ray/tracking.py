@@ -46,7 +46,8 @@ class Recorder:
             self._safely(lambda: self._client.set_terminated(self._run_id, "FAILED"))
 
     def record(self, event: dict[str, Any]) -> None:
-        """Record what of an event is a metric: epochs by step, knowledge-base versions as they are published and swapped."""
+        """Record what of an event is a metric: epochs and evaluations by step, knowledge-base versions as they are
+        published and swapped."""
         self._safely(lambda: self._record(event))
 
     def finish(self, result: dict[str, Any], pictures: list[str]) -> None:
@@ -95,7 +96,7 @@ class Recorder:
 
     def _record(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind == "epoch":
+        if kind in ("epoch", "validated"):
             self._metrics(event, event["step"], leave_out=("kind", "time", "step"))
         elif kind == "published":
             self._metrics({f"refresh_{key}": event[key] for key in ("encode_seconds", "build_seconds")}, event["encoder_step"])

@@ -72,6 +72,25 @@ def test_gpus_are_summed_like_cpus():
         cluster._check_sum(made, 100, 2)
 
 
+def test_evaluation_beside_training_is_counted_where_there_will_be_any():
+    training = {"workers": 2, "cpus_per_worker": 1.0, "evaluation": "beside", "evaluation_cpus": 0.75}
+    made = cluster.share(of(training), 0)
+    cluster._check_sum(made, 3.25, 0)
+    with pytest.raises(SettingsError, match=r"3\.25 CPU .* 0\.75 CPU for evaluation beside training"):
+        cluster._check_sum(made, 3.0, 0)
+    with pytest.raises(SettingsError, match=r"^training\.evaluation_cpus: 3 CPU .* has 2"):
+        cluster._check_nodes(of(training | {"evaluation_cpus": 3.0}), [{"Resources": {"CPU": 2.0}}])
+    for never in ({"evaluation": "workers"}, {"evaluate_every": 0}, {"evaluate_every": 15}):
+        cluster._check_sum(cluster.share(of(training | never), 0), 2.5, 0)
+
+
+def test_an_elastic_run_fits_by_its_least_number_of_workers():
+    made = cluster.share(of({"workers": 8, "min_workers": 2, "cpus_per_worker": 1.0}, {"cpus": 0.5}), 0)
+    cluster._check_sum(made, 2.5, 0)
+    with pytest.raises(SettingsError, match="2 workers x 1 CPU"):
+        cluster._check_sum(made, 2.0, 0)
+
+
 def test_without_the_method_no_pool_is_counted():
     pool = {"min_actors": 50, "cpus": 9.0, "node_labels": {"zone": "a"}}
     plain = cluster.share(of({"workers": 2, "cpus_per_worker": 2.0}, pool, enabled=False), 0)

@@ -84,6 +84,8 @@ OUTSIDE = {
     "training.warmup_share": [-0.01, 1.01],
     "training.clip_norm": [0],
     "training.evaluate_every": [-1],
+    "training.evaluation_cpus": [0],
+    "training.evaluation_timeout_seconds": [0],
     "training.checkpoint_every": [0],
     "training.keep_checkpoints": [0],
     "training.max_failures": [-1],

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ask_ray import experiment, inspection
+from ask_ray import experiment, inspection, report
 from ask_ray.config import Settings, SettingsError, load
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
@@ -171,6 +175,56 @@ def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_
     assert result["steps"] == 24
     assert result["epochs"] == 3
     assert result["final"] == sync_run["final"]
+
+
+def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is_killed(sync_run: dict, home: Path) -> None:
+    beside = {"evaluation": "beside", "evaluate_every": 1, "checkpoint_every": 3}
+    settings = settings_of(home, run={"name": "beside"}, training=beside, tracking={"enabled": True})
+    told = io.StringIO()
+    with ThreadPoolExecutor() as saboteur:
+        killed = saboteur.submit(kill_the_first, "ray::run_validation_fn")
+        result = experiment.run(settings, Console(file=told, width=120))
+    assert killed.result() > 0
+    assert result["steps"] == 24
+    assert result["final"] == sync_run["final"], "training is the same"
+    events = json.loads((Path(result["folder"]) / "history.json").read_text())
+    points = report.validations(events)
+    assert [(event["kind"], event["step"], event["epoch"]) for event in points] == [
+        ("validated", 8, 1), ("validated", 16, 2), ("validated", 24, 3)
+    ]  # fmt: skip
+    (inline,) = report.validations(json.loads((Path(sync_run["folder"]) / "history.json").read_text()))
+    names = {name for name in inline if name.startswith(("t2a_", "a2t_"))}
+    assert {"t2a_r1", "a2t_map10", "a2t_n"} <= names
+    assert {name: points[1][name] for name in names} == pytest.approx({name: inline[name] for name in names}, abs=1e-6)
+    assert told.getvalue().count("evaluated  val R@1 t2a") == 3
+    assert "Not evaluated" not in told.getvalue()
+    record = json.loads((Path(result["folder"]) / "mlflow.json").read_text())
+    from mlflow import MlflowClient
+
+    history = MlflowClient(record["uri"]).get_metric_history(record["run_id"], "t2a_r1")
+    assert sorted(point.step for point in history) == [8, 16, 24]
+
+
+def kill_the_first(title: str) -> int:
+    """Kill −9 the first process of this session with a title, as soon as there is one, and tell which it was."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    process.kill()
+                    return process.pid
+        time.sleep(0.01)
+    raise TimeoutError(f"no process {title} in two minutes")
+
+
+def test_an_evaluation_beside_training_that_takes_too_long_is_given_up_and_named(ray_session: None, home: Path) -> None:
+    beside = {"evaluation": "beside", "evaluate_every": 2, "epochs": 2, "evaluation_timeout_seconds": 0.01}
+    told = io.StringIO()
+    settings = settings_of(home, run={"name": "too-long"}, training=beside, ask={"enabled": False})
+    result = experiment.run(settings, Console(file=told, width=200))
+    assert result["epochs"] == 2
+    assert "Not evaluated: epochs [2]" in told.getvalue()
 
 
 def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:

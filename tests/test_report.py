@@ -69,6 +69,13 @@ def test_a_version_that_a_restart_swapped_in_again_counts_once_with_its_last_swa
     assert (rows[1]["swap_step"], rows[1]["lag_steps"], rows[1]["swap_ms"], rows[1]["ranks"]) == (52, 12, 1.0, 2)
 
 
+def test_validation_points_come_from_epochs_and_from_evaluations_beside_training_and_the_last_of_a_step_counts():
+    later = {"kind": "validated", "time": 300.0, "epoch": 3, "step": 60, "t2a_r1": 0.5, "a2t_r1": 0.6}
+    without = [event for event in journal() if event["kind"] != "epoch" or event["epoch"] != 3]
+    points = report.validations([*without, later | {"t2a_r1": 0.4}, later])
+    assert [(event["step"], event["t2a_r1"]) for event in points] == [(20, 0.1), (40, 0.2), (60, 0.5), (80, 0.4)]
+
+
 def test_no_refreshes_no_rows():
     assert report.refreshes([]) == []
     assert report.refreshes([event for event in journal() if event["kind"] != "swapped"]) == []

@@ -21,6 +21,7 @@ EVENTS = [
     {"kind": "began", "time": 1.0, "step": 0, "epoch": 0, "world_size": 2},
     {"kind": "epoch", "time": 2.0, "epoch": 1, "step": 20, "loss": 2.5, "note": "text is no metric"},
     {"kind": "epoch", "time": 3.0, "epoch": 2, "step": 40, "loss": 1.5},
+    {"kind": "validated", "time": 3.5, "epoch": 1, "step": 20, "t2a_r1": 0.25},
     {"kind": "published", "time": 2.5, "version": 1, "encoder_step": 20, "encode_seconds": 2.0, "build_seconds": 0.5},
     {"kind": "swapped", "time": 2.7, "version": 1, "rank": 0, "step": 24, "lag_steps": 4, "swap_ms": 1.5},
     {"kind": "swapped", "time": 2.7, "version": 1, "rank": 1, "step": 24, "lag_steps": 4, "swap_ms": 99.0},
@@ -66,6 +67,7 @@ def test_a_run_is_recorded_with_settings_metrics_and_pictures(storage):
     assert client.get_experiment(run.info.experiment_id).name == "tests"
     assert run.data.params == {key: str(value) for key, value in flat(settings.model_dump(mode="json")).items()}
     assert history(storage, run, "loss") == [(20, 2.5), (40, 1.5)]
+    assert history(storage, run, "t2a_r1") == [(20, 0.25)]
     assert history(storage, run, "refresh_encode_seconds") == [(20, 2.0)]
     assert history(storage, run, "swap_ms") == [(24, 1.5)]  # rank 0's alone
     assert history(storage, run, "swap_lag_steps") == [(24, 4.0)]

@@ -73,6 +73,11 @@ def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
     return {"t2a": asdict(metrics.text_to_audio(*arguments)), "a2t": asdict(metrics.audio_to_text(*arguments))}
 
 
+def flat_figures(ways: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What :func:`both_ways` gives as an event's keys: `t2a_r1`, …, `a2t_n`."""
+    return {f"{way}_{name}": value for way, of in ways.items() for name, value in of.items()}
+
+
 def injected(encoded: EncodedSplit, knowledge: Knowledge, ask: AskSettings) -> EncodedSplit:
     """The split with knowledge mixed into every clip and every caption, as in training.
 

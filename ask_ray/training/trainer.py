@@ -20,6 +20,7 @@ from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.sources import Extent, Source, check_sources, sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
+from ask_ray.training.beside import validation_of
 from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
 
 #: Ray Train looks for reports this often; with its default of 2 s, short epochs would wait for it.
@@ -138,6 +139,7 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
         ),
+        validation_config=validation_of(training, journal),  # type: ignore[call-arg]
     )
     try:
         return trainer.fit()

@@ -158,7 +158,8 @@ class Worker:
                     Path(folder), self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank
                 )
                 memory = checkpoint.memory(Path(folder))
-        self._move(batch=min(self.place.batch, self.steps))  # another number of workers has other epochs
+        # Another number of workers has other epochs, and the corpus may have moved.
+        self._move(batch=min(self.place.batch, self.steps), corpus=self.plan.corpus)
         self.stepper.stand_at(self.place.epoch * self.steps + self.place.batch)
         self.stepper.remember({name.removeprefix(QUEUE): value for name, value in memory.items() if name.startswith(QUEUE)})
         if self.upkeep is not None:
@@ -227,17 +228,19 @@ class Worker:
             **self._probe(),
             **(self.upkeep.facts(self.place.step) if self.upkeep is not None else {}),
         }
-        if training.evaluate_every and epoch % training.evaluate_every == 0 and self.corpus.clips("validation"):
-            figures = self._evaluate("validation", with_injection=False)["final"]
-            metrics |= {f"{way}_{name}": value for way, of in figures.items() for name, value in of.items()}
+        evaluates = training.evaluates(epoch) and self.corpus.clips("validation") > 0
+        beside = evaluates and training.evaluates_beside
+        if evaluates and not beside:
+            metrics |= evaluation.flat_figures(self._evaluate("validation", with_injection=False)["final"])
         if self.rank == 0:
             self.plan.journal.tell("epoch", **metrics)
             self.gauges.set(**metrics)
         last = epoch == training.epochs
-        self._save(metrics, due=last or epoch % training.checkpoint_every == 0, upload=training.upload)
+        due = last or beside or epoch % training.checkpoint_every == 0
+        self._save(metrics, due, training.upload, validation=beside)
 
-    def _save(self, metrics: dict[str, Any], due: bool, upload: str) -> None:
-        """Report to Ray Train, with a checkpoint if one is due. Rank 0 writes it; all ranks call.
+    def _save(self, metrics: dict[str, Any], due: bool, upload: str, validation: bool = False) -> None:
+        """Report to Ray Train, with a checkpoint if one is due, to be evaluated if asked for. Rank 0 writes it; all call.
 
         Raises:
             TrainingDiverged: instead of saving weights that are not finite, which would push out the good checkpoints.
@@ -252,7 +255,13 @@ class Worker:
         states = gather_objects(checkpoint.random_state())
         saved = self._checkpoint(states) if due and self.rank == 0 else None
         mode = CheckpointUploadMode(upload.upper())
-        ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+        ray.train.report(
+            metrics,
+            checkpoint=saved,
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=True,
+            validation=validation,
+        )
         if self.rank == 0 and self.upkeep is not None:
             self._pin()
 
