@@ -102,15 +102,47 @@ def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
 
 
 def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
-    """What one worker, actor or task reserves must fit on one node."""
-    largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
-    for field, asked in (
-        ("training.cpus_per_worker", settings.training.cpus_per_worker),
-        ("knowledge.pool.cpus", settings.knowledge.pool.cpus if settings.ask.enabled else 0.0),
-        ("training.evaluation_cpus", _evaluation_cpus(settings)),
+    """What one worker, actor or task reserves must fit on one node that it may run on."""
+    training, pool = settings.training, settings.knowledge.pool
+    trained_on = [node for node in nodes if _trains(settings, node)]
+    if not trained_on:
+        raise SettingsError(f"training.node_resource: no live node of the cluster offers {training.node_resource!r}")
+    encoded_on = [node for node in nodes if pool.node_labels.items() <= (node.get("Labels") or {}).items()]
+    if settings.ask.enabled and not encoded_on:
+        raise SettingsError(f"knowledge.pool.node_labels: no live node of the cluster carries {pool.node_labels}")
+    for field, asked, on in (
+        ("training.cpus_per_worker", training.cpus_per_worker, trained_on),
+        ("knowledge.pool.cpus", pool.cpus if settings.ask.enabled else 0.0, encoded_on),
+        ("training.evaluation_cpus", _evaluation_cpus(settings), nodes),
     ):
+        largest = max((node["Resources"].get("CPU", 0.0) for node in on), default=0.0)
         if asked > largest:
             raise SettingsError(f"{field}: {asked:g} CPU are asked of one node, the largest node has {largest:g}")
-    labels = settings.knowledge.pool.node_labels
-    if settings.ask.enabled and labels and not any(labels.items() <= (node.get("Labels") or {}).items() for node in nodes):
-        raise SettingsError(f"knowledge.pool.node_labels: no live node of the cluster carries {labels}")
+    if training.min_workers is not None and settings.ask.enabled:
+        _check_room(settings, encoded_on)
+
+
+def _trains(settings: Settings, node: dict[str, Any]) -> bool:
+    """Whether workers may run on a node."""
+    resource = settings.training.node_resource
+    return resource is None or node["Resources"].get(resource, 0.0) > 0
+
+
+def _check_room(settings: Settings, nodes: list[dict[str, Any]]) -> None:
+    """An elastic run grows into every CPU and GPU that Ray Train counts, and it counts those that the pool uses too: what
+    `training.workers` cannot take of the pool's nodes must hold the pool."""
+    training, pool = settings.training, settings.knowledge.pool
+    wanted = {"CPU": (training.cpus_per_worker, pool.cpus), "GPU": (training.gpus_per_worker or 0.0, pool.gpus or 0.0)}
+    room = 0
+    for node in nodes:
+        has = {name: node["Resources"].get(name, 0.0) for name in wanted}
+        most = training.workers or 0 if _trains(settings, node) else 0
+        workers = min([most, *(int(has[name] // worker) for name, (worker, _) in wanted.items() if worker)])
+        left = {name: round(has[name] - workers * worker, 4) for name, (worker, _) in wanted.items()}
+        room += min(int(left[name] // actor) for name, (_, actor) in wanted.items() if actor)
+    if room < pool.min_actors:
+        raise SettingsError(
+            f"training.min_workers: elastic workers could take all but the room of {room} encoder actors, where "
+            f"knowledge.pool.min_actors asks for {pool.min_actors}: name a custom resource of the training nodes as "
+            "training.node_resource, and leave nodes without it to the pool"
+        )

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PRESETS = Path(__file__).parent / "presets"
 
+#: Resources that every node of a Ray cluster may have.
+OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -242,6 +245,15 @@ class TrainingSettings(Section):
         description="go on with as few as this when nodes are lost, and grow to `workers` when they return (elastic); needs "
         "whole CPUs and GPUs per worker. Unset: always `workers`",
     )
+    resize_seconds: Positive = Field(
+        60.0, description="an elastic run looks this often for room to grow; it grows from its newest checkpoint"
+    )
+    node_resource: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="train only on nodes that offer this custom resource of Ray's, so that an elastic run never grows into the "
+        "encoder pool's nodes. Unset: on any node",
+    )
     cpus_per_worker: Positive = Field(0.5, description="CPUs reserved by a worker")
     gpus_per_worker: float | None = Field(
         None, gt=0, le=1, description="GPUs reserved by a worker. Unset: one, or three quarters where the pool must share it"
@@ -318,6 +330,8 @@ class Settings(Section):
                 raise ValueError(
                     "training.min_workers: elastic workers reserve whole CPUs and GPUs; make training.cpus_per_worker whole"
                 )
+        if training.node_resource in OWN_RESOURCES:
+            raise ValueError(f"training.node_resource: {training.node_resource} is one of Ray's own; name a custom resource")
         if data.min_seconds > data.max_seconds:
             raise ValueError("data.min_seconds is above data.max_seconds: no clip could be used")
         if data.corpus == "folder" and data.folder.path is None:

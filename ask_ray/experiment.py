@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "tracking",
     "training.workers",
     "training.min_workers",
+    "training.resize_seconds",
+    "training.node_resource",
     "training.upload",
     "training.preemption_steps",
     "training.evaluation",

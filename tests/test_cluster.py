@@ -113,6 +113,44 @@ def test_what_one_worker_or_actor_reserves_must_fit_on_one_node():
         cluster._check_nodes(of(pool={"cpus": 4.5}), nodes)
 
 
+ELASTIC = {"workers": 4, "min_workers": 1, "cpus_per_worker": 2.0, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "pool", "room"),
+    [
+        ((8.0,), {}, 0),  # four workers take all of it
+        ((9.0,), {}, 2),
+        ((16.0,), {"min_actors": 16}, 16),
+        ((5.0, 5.0), {"min_actors": 4}, 4),  # any node may be the one that is left
+        ((8.0, 0.5), {}, 1),
+        ((8.0, 0.5), {"cpus": 0.6}, 0),
+    ],
+)
+def test_an_elastic_run_may_not_grow_into_the_room_of_the_pool(cpus, pool, room):
+    made = cluster.share(of(ELASTIC, {"cpus": 0.5} | pool), 0)
+    nodes = [{"Resources": {"CPU": of_node}} for of_node in cpus]
+    if room >= made.knowledge.pool.min_actors:
+        cluster._check_nodes(made, nodes)
+    else:
+        with pytest.raises(SettingsError, match=rf"^training\.min_workers: .* room of {room} encoder actors"):
+            cluster._check_nodes(made, nodes)
+    cluster._check_nodes(made.model_copy(update={"ask": of(enabled=False).ask}), nodes)
+
+
+def test_a_resource_keeps_training_off_the_nodes_of_the_pool():
+    training, encoding = {"Resources": {"CPU": 4.0, "train": 1.0}}, {"Resources": {"CPU": 8.0}, "Labels": {"role": "encoder"}}
+    pool = {"cpus": 4.0, "min_actors": 2, "node_labels": {"role": "encoder"}}
+    made = cluster.share(of(ELASTIC | {"node_resource": "train"}, pool), 0)
+    cluster._check_nodes(made, [training, encoding])
+    with pytest.raises(SettingsError, match=r"^training\.node_resource: no live node .* offers 'train'"):
+        cluster._check_nodes(made, [encoding])
+    with pytest.raises(SettingsError, match=r"^training\.cpus_per_worker: 5 CPU .* has 4"):
+        cluster._check_nodes(of({"cpus_per_worker": 5.0, "node_resource": "train"}, pool), [training, encoding])
+    with pytest.raises(SettingsError, match=r"^knowledge\.pool\.cpus: 9 CPU .* has 8"):
+        cluster._check_nodes(of({"node_resource": "train"}, pool | {"cpus": 9.0}), [training, encoding])
+
+
 def test_labels_must_be_carried_by_one_node_all_at_once():
     nodes = [{"Resources": {"CPU": 4.0}, "Labels": labels} for labels in ({"zone": "a"}, {"kind": "x"}, None)]
     cluster._check_nodes(of(pool={"node_labels": {"zone": "a"}}), nodes)

@@ -85,6 +85,7 @@ OUTSIDE = {
     "training.clip_norm": [0],
     "training.evaluate_every": [-1],
     "training.evaluation_cpus": [0],
+    "training.resize_seconds": [0],
     "training.evaluation_timeout_seconds": [0],
     "training.checkpoint_every": [0],
     "training.keep_checkpoints": [0],
@@ -110,6 +111,7 @@ IMPOSSIBLE = [
         ("knowledge.corrections", "knowledge.sources"),
     ),
     ({"knowledge.cache": "copies"}, ("knowledge.cache",)),
+    ({"training.node_resource": "memory"}, ("training.node_resource", "memory")),
     ({"knowledge.pool.min_actors": 2}, ("knowledge.pool.min_actors", "knowledge.pool.max_actors")),
 ]
 
@@ -123,6 +125,7 @@ WRONG_TYPES = [
     ("run.name", "a b"),
     ("run.name", ".hidden"),
     ("run.name", "../up"),
+    ("training.node_resource", "a b"),
     ("tracking.experiment", ""),
     ("ask", 3),
 ]

@@ -23,7 +23,7 @@ def validation_of(training: TrainingSettings, journal: Journal) -> ValidationCon
     if not training.evaluates_beside:
         return None
     return ValidationConfig(
-        validate,
+        validate,  # type: ignore[arg-type]
         ValidationTaskConfig(fn_kwargs={"journal": journal.name}, timeout_s=training.evaluation_timeout_seconds),
         {"num_cpus": training.evaluation_cpus, "max_retries": -1},
     )

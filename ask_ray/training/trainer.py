@@ -12,6 +12,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
@@ -25,6 +26,13 @@ from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
 
 #: Ray Train looks for reports this often; with its default of 2 s, short epochs would wait for it.
 REPORT_INTERVAL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+
+
+#: An elastic run waits this long for the number of workers that the cluster held last: Ray counts its nodes every 20 s.
+START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+
+#: What a worker takes of `training.node_resource`: so little that it never bounds the workers of a node.
+MARK = 0.001
 
 
 class TrainingFailed(UserError, RuntimeError):
@@ -56,10 +64,16 @@ def workers_of(settings: Settings) -> int:
     return settings.training.workers
 
 
-def _elastic(settings: Settings) -> Any:
-    """The number of workers, or the least and the most of them."""
-    least, most = settings.training.min_workers, workers_of(settings)
-    return most if least is None else (least, most)
+def _scaling(settings: Settings) -> ScalingConfig:
+    """How many workers, or the least and the most of them, and what each reserves."""
+    training, most = settings.training, workers_of(settings)
+    shares = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker, training.node_resource: MARK}
+    return ScalingConfig(  # type: ignore[call-arg]
+        num_workers=most if training.min_workers is None else (training.min_workers, most),  # type: ignore[arg-type]
+        use_gpu=bool(training.gpus_per_worker),
+        resources_per_worker={name: share for name, share in shares.items() if name and share},
+        elastic_resize_monitor_interval_s=training.resize_seconds,
+    )
 
 
 def check(settings: Settings, corpus: Corpus) -> None:
@@ -103,7 +117,7 @@ def _check_neighbours(settings: Settings, sources: Sequence[Source], extent: Ext
 
 
 def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> ActorHandle:
-    """The run's refiner actor."""
+    """The run's refiner actor, on this node: no other's loss takes it along."""
     plan = RefreshPlan(
         place.knowledge,
         place.name,
@@ -112,7 +126,8 @@ def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: 
         settings.ask.prototypes if settings.ask.coarse else 0,
         settings.run.seed,
     )
-    return Refiner.remote(plan, journal)  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Refiner.options(scheduling_strategy=here).remote(plan, journal)  # type: ignore[attr-defined]
 
 
 def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> Result:
@@ -124,14 +139,14 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
     training = settings.training
     refiner = start_refiner(settings, corpus, place, journal) if settings.ask.enabled else None
     plan = WorkerPlan(settings, corpus.folder.uri, place.knowledge, place.name, place.folder, refiner, journal)
-    gpus = training.gpus_per_worker
-    resources = {"CPU": training.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     os.environ.setdefault(*REPORT_INTERVAL)
+    if training.min_workers is not None:
+        os.environ.setdefault(*START_TIMEOUT)
     filesystem, path = place.storage.resolve()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config={"plan": plan},
-        scaling_config=ScalingConfig(num_workers=_elastic(settings), use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=_scaling(settings),
         run_config=RunConfig(
             name=place.name,
             storage_path=path,
