@@ -44,7 +44,7 @@ def saved(small_corpus, tmp_path):
 def told(journal: Journal) -> dict:
     """The one event of a journal, as soon as it is in."""
     end = time.monotonic() + 30
-    while not (events := journal.since(0)):
+    while not (events := journal.read()[0]):
         assert time.monotonic() < end
         time.sleep(0.02)
     (event,) = events

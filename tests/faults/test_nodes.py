@@ -7,33 +7,23 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
+from sabotage import Found, until
 
 from ask_ray.config import Settings, load
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLIPS, BATCH = 1536, 8
 
 Event = dict[str, Any]
-Found = TypeVar("Found")
-
-
-def until(look: Callable[[], Found | None], seconds: float, what: str) -> Found:
-    """What `look` finds, as soon as it does."""
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture
