@@ -77,17 +77,19 @@ class Watch:
     def processes(self, title: str) -> list[psutil.Process]:
         """The processes of this session with a title, as soon as there are any; the youngest first."""
 
-        def found() -> list[psutil.Process]:
-            made = []
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
-                        made.append(process)
-                except psutil.Error:
-                    continue
-            return sorted(made, key=lambda process: -process.create_time())
+        return until(lambda: running(title), 60.0, title)
 
-        return until(found, 60.0, title)
+
+def running(title: str) -> list[psutil.Process]:
+    """The processes of these tests with a title, the youngest first."""
+    made = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
+                made.append(process)
+        except psutil.Error:
+            continue
+    return sorted(made, key=lambda process: -process.create_time())
 
 
 def until(look: Callable[[], Found | None], seconds: float, what: str) -> Found:

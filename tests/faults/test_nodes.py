@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from sabotage import Found, until
+from sabotage import POOL, Found, Outcome, running, until
 
 from ask_ray.config import Settings, load
 
@@ -30,9 +30,13 @@ Event = dict[str, Any]
 def cluster(ray_session: None) -> Iterator[Cluster]:
     """The head and the encoder node. The session that tests share has switched token authentication on, for nodes too."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made.add_node(num_cpus=1, labels={"role": "encoder"})
+    add_encoder_node(made)
     yield made
     made.shutdown()
+
+
+def add_encoder_node(cluster: Cluster) -> Any:
+    return cluster.add_node(num_cpus=1, labels={"role": "encoder"})
 
 
 def add_training_node(cluster: Cluster) -> Any:
@@ -82,11 +86,14 @@ class Driver:
             )  # fmt: skip
         return cls(process, home / "runs" / "run", output)
 
+    def history(self) -> list[Event]:
+        """The run's events up to its last epoch or version."""
+        file = self.folder / "history.json"
+        return json.loads(file.read_text()) if file.exists() else []
+
     def events(self, kind: str) -> list[Event]:
-        """The run's events of a kind up to its last epoch or version."""
-        history = self.folder / "history.json"
-        told = json.loads(history.read_text()) if history.exists() else []
-        return [event for event in told if event["kind"] == kind]
+        """Those of a kind."""
+        return [event for event in self.history() if event["kind"] == kind]
 
     def wait(self, look: Callable[[], Found | None], seconds: float, what: str) -> Found:
         """What `look` finds while the run goes on."""
@@ -120,7 +127,24 @@ def check_whole(driver: Driver, result: dict[str, Any], epochs: int) -> None:
     assert all(of["n"] == 48 for of in result["final"].values())
 
 
-def test_an_elastic_run_loses_a_node_goes_on_with_one_worker_and_grows_again(cluster, tmp_path):
+def test_the_encoder_node_is_lost_while_it_encodes(cluster, tmp_path, tell):
+    (lost,) = cluster.worker_nodes
+    for _ in range(2):
+        add_training_node(cluster)
+    driver = Driver.start(settings_of(tmp_path, epochs=4), cluster, tmp_path)
+    driver.wait(lambda: running(POOL), 240, "a pool")
+    cluster.remove_node(lost, allow_graceful=False)
+    driver.wait(lambda: driver.events("epoch"), 240, "an epoch without an encoder node")
+    add_encoder_node(cluster)
+    result = driver.result(400)
+    check_whole(driver, result, 4)
+    assert world_sizes(driver) == [2], "training was not touched"
+    assert result["steps"] == 4 * CLIPS // (2 * BATCH)
+    did = f"{len(driver.events('failed'))} tries failed; a new encoder node took over"
+    tell("a node is lost on which the pool encodes", did, Outcome(result, driver.history()))
+
+
+def test_an_elastic_run_loses_a_node_goes_on_with_one_worker_and_grows_again(cluster, tmp_path, tell):
     epochs = 12
     lost = add_training_node(cluster)
     add_training_node(cluster)
@@ -143,9 +167,11 @@ def test_an_elastic_run_loses_a_node_goes_on_with_one_worker_and_grows_again(clu
     steps = {event["epoch"]: event["step"] for event in driver.events("epoch") if alone["time"] < event["time"] < again["time"]}
     assert steps[alone["epoch"] + 1] - alone["step"] == CLIPS // BATCH, "one worker takes the whole epoch"
     assert result["steps"] - again["step"] == (epochs - again["epoch"]) * CLIPS // (2 * BATCH)
+    did = f"it went on with one worker from step {alone['step']}, with two from step {again['step']} when there was a node again"
+    tell("a training node of an elastic run is lost", did, Outcome(result, driver.history()))
 
 
-def test_a_notice_of_preemption_makes_a_checkpoint_from_which_the_run_goes_on(cluster, tmp_path):
+def test_a_notice_of_preemption_makes_a_checkpoint_from_which_the_run_goes_on(cluster, tmp_path, tell):
     epochs, per_epoch = 3, CLIPS // (2 * BATCH)
     going = add_training_node(cluster)
     add_training_node(cluster)
@@ -165,6 +191,8 @@ def test_a_notice_of_preemption_makes_a_checkpoint_from_which_the_run_goes_on(cl
     assert again["step"] == noticed["step"]
     assert again["world_size"] == 2
     assert again["time"] < noticed["deadline_ms"] / 1000, "without waiting for the deadline of a node that is gone"
+    did = f"a checkpoint was saved in mid-epoch at step {noticed['step']}, from which two workers went on"
+    tell("a training node is lost after a notice of preemption", did, Outcome(result, driver.history()))
 
 
 def drain(cluster: Cluster, node: Any, seconds: int) -> None:
