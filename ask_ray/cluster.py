@@ -70,7 +70,8 @@ def share(settings: Settings, gpus: float) -> Settings:
         return _filled(settings, shares, pool.gpus or 0.0)
     workers = training.workers or max(1, int(gpus))
     spare = gpus - workers >= pool.min_actors or not settings.ask.enabled
-    per_worker = training.gpus_per_worker or (1.0 if spare else 1.0 - SHARED_GPU)
+    whole = spare or training.min_workers is not None  # elastic workers reserve no fractions
+    per_worker = training.gpus_per_worker or (1.0 if whole else 1.0 - SHARED_GPU)
     of_pool = pool.gpus if pool.gpus is not None else (1.0 if spare else min(SHARED_GPU, SHARED_GPU * workers / pool.min_actors))
     return _filled(settings, {"workers": workers, "gpus_per_worker": per_worker, "device": device}, of_pool)
 

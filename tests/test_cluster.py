@@ -30,6 +30,7 @@ def dealt(settings: Settings, gpus: float) -> tuple:
         (of(), 1, ("cuda", 1, 0.75, 0.25)),
         (of(), 4, ("cuda", 4, 0.75, 0.25)),
         (of({"workers": 3}), 4, ("cuda", 3, 1.0, 1.0)),
+        (of({"workers": 4, "min_workers": 2, "cpus_per_worker": 1}), 4, ("cuda", 4, 1.0, 0.25)),
         (of({"workers": 3}, {"min_actors": 2}), 4, ("cuda", 3, 0.75, 0.25)),
         (of(enabled=False), 2, ("cuda", 2, 1.0, 1.0)),
         (of({"gpus_per_worker": 0.5}, {"gpus": 0.5}), 1, ("cuda", 1, 0.5, 0.5)),

@@ -219,7 +219,7 @@ def kill_the_first(title: str) -> int:
 
 
 def test_an_evaluation_beside_training_that_takes_too_long_is_given_up_and_named(ray_session: None, home: Path) -> None:
-    beside = {"evaluation": "beside", "evaluate_every": 2, "epochs": 2, "evaluation_timeout_seconds": 0.01}
+    beside = {"evaluation": "beside", "evaluate_every": 2, "epochs": 2, "workers": 2, "evaluation_timeout_seconds": 0.01}
     told = io.StringIO()
     settings = settings_of(home, run={"name": "too-long"}, training=beside, ask={"enabled": False})
     result = experiment.run(settings, Console(file=told, width=200))

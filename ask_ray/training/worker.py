@@ -260,7 +260,7 @@ class Worker:
             checkpoint=saved,
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=True,
-            validation=validation,
+            validation=validation and saved is not None,  # asked for by the rank that has the checkpoint alone
         )
         if self.rank == 0 and self.upkeep is not None:
             self._pin()

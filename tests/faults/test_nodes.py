@@ -27,8 +27,8 @@ Event = dict[str, Any]
 
 
 @pytest.fixture
-def cluster(ray_session: None) -> Iterator[Cluster]:
-    """The head and the encoder node. The session that tests share has switched token authentication on, for nodes too."""
+def cluster() -> Iterator[Cluster]:
+    """The head and the encoder node. Nodes, driver and commands share this process's way of authentication, token or none."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     add_encoder_node(made)
     yield made
