@@ -217,6 +217,8 @@ class Monitor:
             self._console.print(
                 f"  swapped to v{event['version']} at step {event['step']}, {event['lag_steps']} steps after its weights"
             )
+        elif kind == "diverged" and event["rank"] == 0:
+            self._console.print(f"  [red]training diverged[/]: {event['problem']}")
         elif kind in ("failed", "refused"):
             self._console.print(f"  [red]knowledge base v{event['version']} {kind}[/]: {event['problem']}")
 

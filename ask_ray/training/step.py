@@ -41,6 +41,18 @@ class Taken:
     pairs: Pairs | None
 
 
+class TrainingDiverged(RuntimeError):
+    """Numbers that are not finite. The message names the step and what to do."""
+
+    @classmethod
+    def at(cls, step: int, what: str) -> TrainingDiverged:
+        """What is to be raised when `what` is not finite at a step."""
+        return cls(
+            f"{what} of step {step} is not finite, and nothing of it is kept. If it happens again after the restart from the "
+            "last checkpoint, lower training.learning_rate or training.clip_norm"
+        )
+
+
 class Stepper:
     """The model with its optimiser, its schedule and, if the settings want one, its cross-batch memory."""
 
@@ -83,6 +95,9 @@ class Stepper:
             of the global batch: loss, loss_a2t, loss_t2a, temperature, gradient_norm, and with knowledge consistency,
             rdm_audio, rdm_text (NaN where fewer than two pairs are stored), influence, what each source gives, and the
             pairs it shares with it.
+
+        Raises:
+            TrainingDiverged: before the weights change, if the gradient is not finite.
         """
         with self._autocast:
             u, v, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
@@ -96,6 +111,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         made.loss.backward()
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.training.clip_norm)
+        if not bool(norm.isfinite()):
+            raise TrainingDiverged.at(self.scheduler.last_epoch, "the gradient")
         self.optimizer.step()
         self.scheduler.step()
         if self.queue is not None:

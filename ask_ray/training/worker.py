@@ -34,7 +34,7 @@ from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
 from ask_ray.training.gauges import Gauges
 from ask_ray.training.means import Means
-from ask_ray.training.step import Stepper
+from ask_ray.training.step import Stepper, TrainingDiverged
 from ask_ray.training.upkeep import Upkeep
 
 #: Steps between those that are told to the journal one by one.
@@ -42,10 +42,6 @@ STEPS_TOLD = 10
 
 #: What of a checkpoint's memory is the cross-batch queue.
 QUEUE = "queue."
-
-
-class TrainingDiverged(RuntimeError):
-    """Weights that are not finite. The message names the step and the tensor."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,11 @@ class Worker:
     def _step(self, batch: Batch) -> None:
         known = self.upkeep.known if self.upkeep is not None else None
         watch = self.settings.ask.influence and self.place.batch == 0
-        taken = self.stepper.take(batch, known, watch)
+        try:
+            taken = self.stepper.take(batch, known, watch)
+        except TrainingDiverged as error:
+            self.plan.journal.tell("diverged", step=self.place.step, rank=self.rank, problem=str(error))
+            raise
         self._move(step=self.place.step + 1, batch=self.place.batch + 1)
         self.means.add(**taken.figures)
         if self.upkeep is not None:
@@ -246,10 +246,7 @@ class Worker:
             TrainingDiverged: instead of saving weights that are not finite, which would push out the good checkpoints.
         """
         if name := not_finite(self.model.state_dict()):
-            raise TrainingDiverged(
-                f"the weights of step {self.place.step} are not finite ({name}); no such checkpoint is saved. If it happens "
-                "again after the restart from the last one, lower training.learning_rate or training.clip_norm"
-            )
+            raise TrainingDiverged.at(self.place.step, f"the weight {name}")
         if self.upkeep is not None:
             self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
         states = gather_objects(checkpoint.random_state())

@@ -19,8 +19,8 @@ ORDERS = "ASK_RAY_TEST_ORDERS"
 
 
 def order(what: str) -> None:
-    """Have the next unit that is encoded go wrong: `raise`, `exit` (cleanly) or `few` (a row is missing); or `diverge`: the
-    next step leaves a weight that is not a number."""
+    """Have the next unit that is encoded go wrong: `raise`, `exit` (cleanly) or `few` (a row is missing); `diverge`: the
+    next step leaves a weight that is not a number; or `corrupt`: the next weights that are sent for encoding hold one."""
     (Path(os.environ[ORDERS]) / what).touch()
 
 
@@ -33,6 +33,19 @@ def install() -> None:
     """Make this process heed orders, as soon as what they are about is imported."""
     wrapt.register_post_import_hook(_heed_encoder, "ask_ray.knowledge.encoding")
     wrapt.register_post_import_hook(_heed_stepper, "ask_ray.training.step")
+    wrapt.register_post_import_hook(_heed_requests, "ask_ray.knowledge.requests")
+
+
+def _heed_requests(module: ModuleType) -> None:
+    ask = module.Requests.ask
+
+    @functools.wraps(ask)
+    def call(self, step, reason, weights, urgent=False):
+        if _taken("corrupt"):
+            next(iter(weights.values())).view(-1)[0] = float("nan")
+        ask(self, step, reason, weights, urgent)
+
+    module.Requests.ask = call
 
 
 def _heed_stepper(module: ModuleType) -> None:

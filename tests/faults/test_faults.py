@@ -106,20 +106,36 @@ def test_an_encoder_goes_wrong_on_one_batch(home, tell, what, told):
     )
 
 
-def test_weights_are_no_numbers(home, tell):
+def test_weights_that_are_sent_for_encoding_are_not_finite(home, tell):
     def harm(watch: Watch) -> None:
-        watch.wait("swapped")
-        misbehave.order("diverge")
+        watch.wait("swapped", version=1)
+        misbehave.order("corrupt")
         watch.wait("failed")
 
-    outcome = run_under(settings_of(home, "diverged", unit="steps", interval=20), harm)
+    outcome = run_under(settings_of(home, "corrupt"), harm)
     check_whole(outcome)
-    (first, *_) = outcome.of("failed")
-    assert "not finite" in first["problem"]
-    assert first["version"] not in {event["version"] for event in outcome.of("published")}
+    assert len(outcome.of("began")) == 1
+    (failed,) = outcome.of("failed")
+    assert "not finite" in failed["problem"]
+    assert failed["step"] not in {event["encoder_step"] for event in outcome.of("published")}
+    tell(
+        "weights that are sent for encoding hold a NaN", "they were refused, once; the old version stayed until the next", outcome
+    )
+
+
+def test_training_diverges(home, tell):
+    def harm(watch: Watch) -> None:
+        watch.wait("epoch", epoch=2)
+        misbehave.order("diverge")
+        watch.wait("diverged")
+
+    outcome = run_under(settings_of(home, "diverged"), harm)
+    check_whole(outcome)
     assert len(outcome.of("began")) == 2
-    did = "the refresh was refused and the old version stayed; no such checkpoint was saved, the workers restarted from the last"
-    tell("training leaves a weight that is not a number", did, outcome)
+    assert "not finite" in outcome.of("diverged")[0]["problem"]
+    assert outcome.repeated <= 2 * STEPS
+    did = "the step was refused, no such checkpoint was saved, and the workers restarted from the last one"
+    tell("a weight becomes NaN while training", did, outcome)
 
 
 def test_a_refresh_outlasts_training(home, tell):

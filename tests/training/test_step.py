@@ -2,6 +2,7 @@
 
 import ast
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 import ask_ray
-from ask_ray.config import ModelSettings
+from ask_ray.config import ModelSettings, load
+from ask_ray.data.batches import Batch
 from ask_ray.models import registry
-from ask_ray.training.step import make_optimizer, make_scheduler
+from ask_ray.training.step import Stepper, TrainingDiverged, make_optimizer, make_scheduler
 from ask_ray.training.worker import Means
 
 
@@ -54,6 +56,23 @@ def test_only_matrices_decay():
     assert decays[id(model.log_temperature)] == 0.0
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_it_changes_a_weight():
+    settings = load({"model": {"width": 0.1, "dim": 8}, "training": {"epochs": 1}})
+    torch.manual_seed(0)
+    model = registry.build(settings.model, 8000)
+    stepper = Stepper(model, model, settings, 10, torch.device("cpu"))
+    words, mask = model.tokenise(["a dog", "a bell"])
+    batch = Batch(torch.randn(2, 8000) * 0.1, torch.tensor([8000, 8000]), words, mask, torch.arange(2), torch.zeros(2).long())
+    stepper.take(batch, None)
+    with torch.no_grad():
+        model.log_temperature.fill_(torch.nan)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(TrainingDiverged, match=r"gradient of step 1 .* training\.learning_rate"):
+        stepper.take(batch, None)
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in model.state_dict().items())
+    assert pickle.loads(pickle.dumps(TrainingDiverged.at(3, "the gradient"))).args == TrainingDiverged.at(3, "the gradient").args
 
 
 def test_means_leave_out_what_is_not_finite_or_not_given_and_start_over():
