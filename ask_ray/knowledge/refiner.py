@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import UserCodeException
+from ray.exceptions import ObjectLostError, UserCodeException
 
 from ask_ray.config import KnowledgeSettings
 from ask_ray.journal import Journal
@@ -63,7 +63,11 @@ class Outcome(NamedTuple):
 
 
 class UnusableWeights(EncodingError):
-    """Weights that give no embeddings: trying again would not help."""
+    """Weights that give no embeddings."""
+
+
+#: Failures that another try would meet again: such weights, or weights that are gone with the worker that sent them.
+HOPELESS = (UnusableWeights, ObjectLostError)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -250,7 +254,7 @@ class Refiner:
             except Exception as error:
                 problem = _told(error)
                 self._journal.tell("failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
-                if isinstance(getattr(error, "cause", None), UnusableWeights):
+                if isinstance(_cause(error), HOPELESS):
                     break
                 if attempt < refresh_settings.attempts:
                     await asyncio.sleep(pause)
@@ -271,11 +275,13 @@ class Refiner:
         self._prune()
 
     async def _attempt(self, request: Request, weights: ray.ObjectRef, version: int, patience: float) -> dict[str, Any]:
-        """One try, ended when it makes no progress for `patience` seconds: a pool that waits for nothing raises nothing."""
+        """One try, on a node of the pool, ended when it makes no progress for `patience` seconds: one that waits in vain raises
+        nothing."""
         self._journal.tell("started", version=version, step=request.step)
         myself = ray.get_runtime_context().current_actor
         self._moved = time.monotonic()
-        self._current = task = refresh.remote(self._plan, version, request, [weights], self._journal, myself)
+        beside = refresh.options(label_selector=self._plan.encoding.pool.node_labels)
+        self._current = task = beside.remote(self._plan, version, request, [weights], self._journal, myself)
         made = asyncio.wrap_future(task.future())
         try:
             while (left := self._moved + patience - time.monotonic()) > 0:
@@ -310,11 +316,16 @@ def _known_line(home: Folder, there: list[int]) -> list[int]:
     return [version for version in there if version == told["from"] or version > told["after"]]
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What a task raised, where that is what failed it."""
+    return getattr(error, "cause", None) or error
+
+
 def _told(error: BaseException) -> str:
     """The cause of a failure in a line."""
-    if isinstance(getattr(error, "cause", None), UserCodeException):  # Ray Data keeps what an encoder raised as text alone
+    if isinstance(_cause(error), UserCodeException):  # Ray Data keeps what an encoder raised as text alone
         raised = re.findall(r"^[\w.]+(?:Error|Exception|Exit)\b.*$", str(error).split("\nThe above exception")[0], re.MULTILINE)
         if raised:
             return str(raised[-1])
-    cause = getattr(error, "cause", None) or error
+    cause = _cause(error)
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"
