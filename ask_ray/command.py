@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ask_ray.config import Settings, UserError, parse, parser
@@ -13,10 +13,35 @@ from ask_ray.config import Settings, UserError, parse, parser
 Options = dict[str, Any]
 
 
-def with_settings(description: str, job: Callable[[Settings], object]) -> None:
-    """Run a job with the settings of the command line. Exits as :func:`guarded` does."""
-    settings, _ = parse(parser(description))
+def with_settings(
+    description: str, job: Callable[[Settings], object], expand: Callable[[Sequence[str]], Sequence[str]] = list
+) -> None:
+    """Run a job with the settings of the command line, whose words `expand` may put in full. Exits as :func:`guarded` does."""
+    settings, _ = parse(parser(description), expand(sys.argv[1:]))
     guarded(lambda: job(settings))
+
+
+def corpus_in_full(words: Sequence[str]) -> list[str]:
+    """The short forms ``--corpus NAME``, ``--path PLACE`` and ``--out PLACE`` as ``--data.corpus NAME``,
+    ``--data.NAME.path PLACE`` and ``--data.prepared PLACE``; all other words as they are.
+
+    Exits with 2 if ``--path`` stands without a ``--corpus`` that reads one.
+    """
+    short: dict[str, str] = {}
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        flag, separator, value = word.partition("=")
+        if flag in ("--corpus", "--path", "--out"):
+            short[flag] = value if separator else next(rest, "")
+        else:
+            others.append(word)
+    corpus = short.get("--corpus", "")
+    if "--path" in short and corpus in ("", "soundscapes"):
+        sys.stderr.write("error: --path is the folder of a corpus: name the corpus, such as --corpus audiocaps\n")
+        raise SystemExit(2)
+    full = {"--corpus": "--data.corpus", "--path": f"--data.{corpus}.path", "--out": "--data.prepared"}
+    return [f"{full[flag]}={value}" for flag, value in short.items()] + others
 
 
 def with_arguments(description: str, job: Callable[..., object], **arguments: Options) -> None:

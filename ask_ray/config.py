@@ -76,23 +76,59 @@ class SoundscapeSettings(Section):
     )
 
 
-class FolderSettings(Section):
+class SplitShares(Section):
+    """How clips are dealt to splits where the corpus names none."""
+
+    validation: Share = Field(0.1, description="share of clips held out for validation, of those without a `split`")
+    test: Share = Field(0.2, description="share of clips held out for testing, of those without a `split`")
+
+
+class FolderSettings(SplitShares):
     """Recordings in a folder, with a manifest of captions."""
 
     path: str | None = Field(None, description="folder that holds the recordings, relative names in the manifest start here")
     manifest: str | None = Field(
         None,
-        description="CSV, JSONL or Parquet with `file_name` and `caption` or `caption_1..n`, optionally `id` and `split`. "
-        "Unset: the only captions.csv, manifest.csv, .jsonl or .parquet in the folder",
+        description="CSV, JSONL or Parquet with `file_name` and `caption` or `caption_1..n`, optionally `id`, `split` and "
+        "`source_id`. Unset: the only captions.csv, manifest.csv, .jsonl or .parquet in the folder",
     )
-    validation: Share = Field(0.1, description="share of clips held out for validation when the manifest has no `split`")
-    test: Share = Field(0.2, description="share of clips held out for testing when the manifest has no `split`")
+
+
+class LayoutSettings(Section):
+    """A corpus of the field as it was published."""
+
+    path: str | None = Field(None, description="folder that holds the corpus's lists and audio, at any depth")
+
+
+class WavCapsSettings(SplitShares):
+    """WavCaps: a JSON file and a folder of audio per source, all of it to train on unless a share is held out."""
+
+    path: str | None = Field(None, description="folder that holds the JSON files and the audio, at any depth")
+    blacklists: list[str] | None = Field(
+        None,
+        description="JSON files that list AudioSet and FreeSound ids to leave out, because other corpora evaluate on them. "
+        "Unset: every blacklist*.json below `path`; []: none",
+    )
+    validation: Share = Field(0.0, description="share of clips held out for validation")
+    test: Share = Field(0.0, description="share of clips held out for testing")
+
+
+class ParquetSettings(SplitShares):
+    """Parquet files with the audio in them, as data sets are kept on the Hugging Face hub."""
+
+    path: str | None = Field(
+        None,
+        description="folder of Parquet files, or one file: `audio` (its `bytes` and `path`), captions in `text`, `caption`, "
+        "`captions` or `caption_1..n`; optionally `id`, `split` (else as the files are named) and `source_id`",
+    )
 
 
 class DataSettings(Section):
     """The corpus: what it is made from, what a usable clip is, how it is read."""
 
-    corpus: Literal["soundscapes", "folder"] = Field("soundscapes", description="where recordings and captions come from")
+    corpus: Literal["soundscapes", "folder", "audiocaps", "clotho", "wavcaps", "parquet"] = Field(
+        "soundscapes", description="where recordings and captions come from: the section of that name says more"
+    )
     prepared: str = Field("prepared", description="folder or URI that keeps prepared corpora, one sub-folder for each")
     sample_rate: int = Field(16000, ge=4000, le=48000, description="Hz of the prepared mono waveforms")
     min_seconds: float = Field(0.1, gt=0, description="shorter clips are set aside")
@@ -102,7 +138,15 @@ class DataSettings(Section):
         allow_inf_nan=False,
         description="longer clips are cropped when read: at random in training, from the start elsewhere",
     )
-    max_rejected: Share = Field(0.1, description="refuse a corpus of which a larger share had to be set aside")
+    keep_seconds: float = Field(
+        300.0, gt=0, le=600, description="longer recordings are cut to their first so many seconds when prepared; bounds memory"
+    )
+    max_rejected: Share = Field(0.1, description="refuse a corpus of which a larger share could not be used")
+    held_out: list[str] = Field(
+        [],
+        description="prepared corpora, by folder or URI, whose validation and test clips are kept out of this one's training "
+        "split, by id, by source id and by digest of the samples; its own always are",
+    )
     shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
     prepare_tasks: Count = Field(2, description="preparing tasks at once; each takes one CPU")
     shuffle_clips: Count = Field(8192, description="a worker shuffles its clips in windows of this many")
@@ -110,6 +154,10 @@ class DataSettings(Section):
     loader_processes: Natural = Field(0, description="processes beside each worker that read batches; 0: the worker does")
     soundscapes: SoundscapeSettings = SoundscapeSettings()
     folder: FolderSettings = FolderSettings()
+    audiocaps: LayoutSettings = LayoutSettings()
+    clotho: LayoutSettings = LayoutSettings()
+    wavcaps: WavCapsSettings = WavCapsSettings()
+    parquet: ParquetSettings = ParquetSettings()
 
 
 class ModelSettings(Section):
@@ -334,10 +382,13 @@ class Settings(Section):
             raise ValueError(f"training.node_resource: {training.node_resource} is one of Ray's own; name a custom resource")
         if data.min_seconds > data.max_seconds:
             raise ValueError("data.min_seconds is above data.max_seconds: no clip could be used")
-        if data.corpus == "folder" and data.folder.path is None:
-            raise ValueError("data.corpus=folder needs data.folder.path: the folder that holds the recordings")
-        if data.folder.validation + data.folder.test >= 1:
-            raise ValueError("data.folder.validation and data.folder.test leave nothing to train on: lower them")
+        if data.min_seconds > data.keep_seconds:
+            raise ValueError("data.min_seconds is above data.keep_seconds: no clip could be used")
+        if data.corpus != "soundscapes" and getattr(data, data.corpus).path is None:
+            raise ValueError(f"data.corpus={data.corpus} needs data.{data.corpus}.path: the folder that holds the recordings")
+        for name, shares in (("folder", data.folder), ("wavcaps", data.wavcaps), ("parquet", data.parquet)):
+            if shares.validation + shares.test >= 1:
+                raise ValueError(f"data.{name}.validation and data.{name}.test leave nothing to train on: lower them")
         refresh = self.knowledge.refresh
         if refresh.policy == "adaptive" and refresh.min_interval >= refresh.max_interval:
             raise ValueError(

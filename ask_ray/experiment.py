@@ -25,6 +25,9 @@ from ask_ray.training.trainer import RunPlace
 
 POLL_SECONDS = 0.5
 
+#: Clips that are named when a corpus was prepared, of those that an evaluation split has too; the data card names more.
+SHOWN_LEAKS = 5
+
 #: Settings that may change when a run is continued: they say where and how, not what.
 MAY_CHANGE = (
     "run.worker_logs",
@@ -152,6 +155,9 @@ def prepare_only(settings: Settings, console: Console | None = None) -> Corpus:
     console.print(table)
     for reason, count in corpus.rejected().items():
         console.print(f"set aside: {count} {reason}")
+    for leak in corpus.manifest["leaks"][:SHOWN_LEAKS]:
+        console.print(f"kept out of training: {leak['id']} ({leak['reason']}: {leak['detail']})", markup=False, soft_wrap=True)
+    console.print(f"Data card {corpus.folder / 'card.md'}", soft_wrap=True)
     console.print("Next      python jobs/train.py with the same --data settings", soft_wrap=True)
     return corpus
 

@@ -128,7 +128,7 @@ def _heard(path: Path, opened: OpenedRun) -> torch.Tensor:
         UnusableClip: if it cannot be decoded or holds nothing to hear.
     """
     data = opened.settings.data
-    waveform = usable_waveform(audio.load(path, data.sample_rate), data.sample_rate, data.min_seconds)
+    waveform = usable_waveform(audio.load(path, data.sample_rate).samples, data.sample_rate, data.min_seconds)
     return opened.model.encode_audio(*pad([crop(waveform, round(data.max_seconds * data.sample_rate))]))
 
 

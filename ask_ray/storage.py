@@ -153,8 +153,14 @@ class Folder:
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole, so that no reader sees half of it: object stores show an object when it is complete, and on
-        a local filesystem it has a temporary name until then."""
+        """Write a file whole, as :meth:`writing` does."""
+        with self.writing(name) as stream:
+            stream.write(content)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[NativeFile]:
+        """A file to write piece by piece, which no reader sees before it is whole: object stores show an object when it is
+        complete, and on a local filesystem it has a temporary name until then. Left by an error, a local file is removed."""
         with self._reached() as (filesystem, path):
             filesystem.create_dir(path, recursive=True)
             local = isinstance(filesystem, fs.LocalFileSystem)
@@ -162,7 +168,7 @@ class Folder:
             written = f"{path}/.{name}.{uuid.uuid4().hex}" if local else target
             try:
                 with filesystem.open_output_stream(written) as stream:
-                    stream.write(content)
+                    yield stream
             except BaseException:
                 if local:
                     Path(written).unlink(missing_ok=True)

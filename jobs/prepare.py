@@ -1,14 +1,18 @@
-"""Prepare a corpus once: decode, mono, resample, validate, write Parquet.
+"""Prepare a corpus once: decode, mono, resample, validate, keep evaluation clips out of training, write Parquet and a data card.
 
-    python jobs/prepare.py                                      the built-in soundscapes
-    python jobs/prepare.py --data.corpus folder --data.folder.path /my/recordings
+    python jobs/prepare.py                                                        the built-in soundscapes
+    python jobs/prepare.py --corpus audiocaps --path /data/AudioCaps --out prepared
+    python jobs/prepare.py --corpus wavcaps --path /data/WavCaps --out s3://bucket/prepared --data.held_out '[/prepared/clotho-…]'
+
+--corpus NAME (audiocaps, clotho, wavcaps, folder, parquet), --path PLACE and --out PLACE are short for --data.corpus NAME,
+--data.NAME.path PLACE and --data.prepared PLACE.
 
 Training prepares what it needs by itself; this job does only that part, and shows what was set aside and why.
 """
 
 from __future__ import annotations
 
-from ask_ray.command import with_settings
+from ask_ray.command import corpus_in_full, with_settings
 from ask_ray.config import Settings
 
 
@@ -20,4 +24,4 @@ def prepare(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with_settings(__doc__ or "", prepare)
+    with_settings(__doc__ or "", prepare, corpus_in_full)

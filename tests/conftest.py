@@ -122,6 +122,15 @@ def write_audio():
 
 
 @pytest.fixture(scope="session")
+def trees(tmp_path_factory, write_audio):
+    """Small corpora in every public layout, by the layout's name."""
+    from corpus_trees import Trees
+
+    made = Trees(tmp_path_factory.mktemp("trees"), write_audio)
+    return {name: getattr(made, name)() for name in ("audiocaps", "retrieval", "clotho", "wavcaps", "parquet")}
+
+
+@pytest.fixture(scope="session")
 def small_corpus(ray_session, tmp_path_factory):
     """Prepared soundscapes: 150 clips to train on in three row groups, 7 and 20 held out, 1 s at 8 kHz, 3 captions."""
     from ask_ray.config import load

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -19,24 +21,46 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def load(path: Path, rate: int) -> np.ndarray:
-    """Decode a file (wav, flac, ogg, mp3, …), average its channels and resample it.
+class Decoded(NamedTuple):
+    """samples: (samples,) float32 at the asked rate, full scale 1; rate: the recording's, Hz; cut: whether more was there."""
 
-    Returns:
-        (samples,) float32 at `rate` Hz, full scale 1.
+    samples: np.ndarray
+    rate: int
+    cut: bool
+
+
+def load(path: Path, rate: int, seconds: float = math.inf) -> Decoded:
+    """:func:`decode` of a file.
 
     Raises:
-        UnusableClip: if the file is missing or cannot be decoded.
+        UnusableClip: if the file is missing, empty, or cannot be decoded.
     """
     if not is_there(path):
         raise UnusableClip("missing file", f"{path} is not there")
     if path.stat().st_size == 0:
         raise UnusableClip("empty", f"{path} holds no bytes")
+    return decode(path, str(path), rate, seconds)
+
+
+def decode(source: Path | BinaryIO, name: str, rate: int, seconds: float = math.inf) -> Decoded:
+    """Decode a recording (wav, flac, ogg, mp3, …) up to `seconds`, average its channels and resample it.
+
+    Args:
+        source: a file, or its bytes to read from.
+        name: what to call it in messages.
+        rate: Hz.
+
+    Raises:
+        UnusableClip: if it cannot be decoded.
+    """
     try:
-        samples, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # a damaged header can promise any length
-        raise UnusableClip("unreadable", f"{path}: {error}") from error
-    mono = samples.mean(axis=1)
-    if found == rate or mono.size == 0 or not np.isfinite(mono).all():
-        return mono
-    return np.asarray(soxr.resample(mono, found, rate), dtype=np.float32)
+        with soundfile.SoundFile(source) as file:
+            found, frames = file.samplerate, file.frames
+            kept = int(min(frames, math.ceil(seconds * found))) if seconds < math.inf else frames
+            samples = file.read(kept, dtype="float32", always_2d=True)
+    except (RuntimeError, TypeError, ValueError, MemoryError, OSError) as error:  # a damaged header can promise any length
+        raise UnusableClip("unreadable", f"{name}: {error}") from error
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if found != rate and mono.size > 0 and np.isfinite(mono).all():
+        mono = np.asarray(soxr.resample(mono, found, rate), dtype=np.float32)
+    return Decoded(mono, found, frames > kept)

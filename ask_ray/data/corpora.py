@@ -1,4 +1,4 @@
-"""Where clips come from: the procedural soundscapes, and a folder of recordings with a manifest.
+"""Where clips come from: the procedural soundscapes, and recordings that lists of captions name.
 
 A source plans its work as shards before anything is decoded, so that preparing can be spread over a cluster, taken up
 again after an interruption, and gives the same files whatever the number of workers.
@@ -6,28 +6,23 @@ again after an interruption, and gives the same files whatever the number of wor
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
-from ask_ray.config import DataSettings, FolderSettings, SettingsError
-from ask_ray.data import audio
-from ask_ray.data.schema import SPLITS, Clip, Rejection, UnusableClip, usable_captions, usable_waveform
+from ask_ray.config import DataSettings, FolderSettings, SettingsError, SplitShares
+from ask_ray.data import audio, embedded, folders, layouts
+from ask_ray.data import rows as planning
+from ask_ray.data.folders import Named
+from ask_ray.data.held_out import HeldOut
+from ask_ray.data.rows import Listing, Row
+from ask_ray.data.schema import NO_CAPTION, SPLITS, Clip, Rejection, UnusableClip, usable_captions, usable_waveform
 from ask_ray.data.soundscapes import EventBank, RecordedBank, SynthesisedBank, compose
-
-_SPLIT_WORDS = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "test", "evaluation": "test"}
-_MANIFESTS = ("captions", "manifest")
-_READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -55,25 +50,47 @@ class Source(Protocol):
         """All the work, in the order of the prepared corpus."""
 
     def recordings(self) -> int:
-        """How many recordings there are, usable or not: what the share of rejections refers to."""
+        """How many captioned recordings there are, usable or not: what the share of rejections refers to."""
 
     def early_rejections(self) -> list[Rejection]:
-        """What was found unusable while planning."""
+        """What was set aside while planning."""
+
+    def origin(self) -> dict[str, Any]:
+        """What the data card tells of where the corpus came from: `layout`, `folder`, and `lists` with their digests."""
 
     def clips(self, shard: Shard) -> Iterator[Clip | Rejection]:
         """The shard's clips, in order, and what had to be set aside."""
 
 
-def source_of(data: DataSettings) -> Source:
+def source_of(data: DataSettings, held_out: HeldOut | None = None) -> Source:
     """The source that the settings name.
 
+    Args:
+        held_out: clips of other corpora that must not be trained on.
+
     Raises:
-        SettingsError: if a folder or manifest is missing or malformed; the message says what was looked for.
+        SettingsError: if a folder or list is missing or malformed; the message says what was looked for.
     """
-    if data.corpus == "folder":
-        rows = _folder_rows(data.folder, Named("data.folder.path", "data.folder.manifest"))
-        return FolderSource(data, tuple(_split_rows(rows, data.folder)))
-    return SoundscapeSource(data)
+    if data.corpus == "soundscapes":
+        return SoundscapeSource(data)
+    listing = _listing(data)
+    shares = getattr(data, data.corpus)
+    planned = planning.plan(listing.rows, shares if isinstance(shares, SplitShares) else SplitShares(), held_out or HeldOut())
+    return RecordingSource(data, planned.usable, planned.rejected, listing.origin)
+
+
+def _listing(data: DataSettings) -> Listing:
+    match data.corpus:
+        case "audiocaps":
+            return layouts.audiocaps(data.audiocaps)
+        case "clotho":
+            return layouts.clotho(data.clotho)
+        case "wavcaps":
+            return layouts.wavcaps(data.wavcaps)
+        case "parquet":
+            return embedded.parquet(data.parquet)
+        case _:
+            return folders.folder(data.folder)
 
 
 def _shards(split: str, first: int, count: int, size: int) -> list[Shard]:
@@ -111,7 +128,12 @@ class SoundscapeSource:
         bank = self._bank()
         for index in range(shard.first, shard.last):
             scene = compose(self.data.soundscapes, bank, shard.split, index, self.data.sample_rate)
-            yield Clip(scene.id, shard.split, scene.captions, scene.waveform, "soundscapes", self.data.sample_rate)
+            rate = self.data.sample_rate
+            yield Clip(scene.id, shard.split, scene.captions, scene.waveform, "soundscapes", rate, rate)
+
+    def origin(self) -> dict[str, Any]:
+        bank = self.data.soundscapes.bank
+        return {"layout": "procedural soundscapes", "folder": bank and str(Path(bank).expanduser().resolve()), "lists": {}}
 
     def _bank(self) -> EventBank:
         if self.data.soundscapes.bank is None:
@@ -128,7 +150,7 @@ def _recorded_bank(folder: str, rate: int, min_seconds: float) -> tuple[Recorded
             captions = usable_captions(row.captions)
             if not captions[0].strip(" .!;,"):
                 raise UnusableClip("empty caption", "the first caption has no words")
-            samples = audio.load(row.path, rate)
+            samples = audio.load(row.path, rate).samples
             usable_waveform(samples, rate, min_seconds)
             recordings.append((samples, captions[0]))
         except UnusableClip as error:
@@ -139,179 +161,71 @@ def _recorded_bank(folder: str, rate: int, min_seconds: float) -> tuple[Recorded
 
 
 @lru_cache(maxsize=1)
-def _bank_rows(folder: str) -> tuple[ManifestRow, ...]:
-    return tuple(_folder_rows(FolderSettings(path=folder), Named("data.soundscapes.bank", "data.soundscapes.bank")))
+def _bank_rows(folder: str) -> tuple[Row, ...]:
+    return tuple(folders.manifest_rows(FolderSettings(path=folder), Named("data.soundscapes.bank", "data.soundscapes.bank")))
 
 
-# --- a folder with a manifest ----------------------------------------------------------------------------------------
-
-
-class Named(NamedTuple):
-    """The settings that name a folder and its manifest, for messages."""
-
-    folder: str
-    manifest: str
+# --- recordings ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ManifestRow:
-    """A row of a manifest, before its recording is opened. `problem`: a reason to set it aside."""
+class RecordingSource:
+    """Recordings that lists name, in files or in Parquet.
 
-    id: str
-    path: Path
-    captions: tuple[object, ...]
-    split: str | None
-    problem: str | None = None
-
-    def key(self) -> str:
-        """The row and its file's size and time of change."""
-        stat = self.path.stat() if audio.is_there(self.path) else None
-        return repr((self.id, str(self.path), self.captions, self.split, stat and (stat.st_size, stat.st_mtime_ns)))
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Audio files listed in a manifest. `rows` are grouped by split."""
+    `rows`: a table of :data:`~ask_ray.data.rows.ROWS`, split by split; `rejected`: one of :data:`~ask_ray.data.schema.REJECTED`;
+    all tasks share both. `come_from`: see :meth:`Source.origin`.
+    """
 
     data: DataSettings
-    rows: tuple[ManifestRow, ...]
+    rows: pa.Table
+    rejected: pa.Table
+    come_from: dict[str, Any]
 
     def key(self) -> str:
-        return "".join(row.key() for row in self.rows)
+        return planning.digest(self.rows) + repr(self.rejected.to_pydict())
 
     def shards(self) -> list[Shard]:
         made: list[Shard] = []
+        splits = self.rows.column("split").to_pylist()
         for split in SPLITS:
-            places = [place for place, row in enumerate(self.rows) if row.split == split and not row.problem]
-            if places:
-                made += _shards(split, places[0], len(places), self.data.shard_clips)
+            if split in splits:
+                made += _shards(split, splits.index(split), splits.count(split), self.data.shard_clips)
         return made
 
     def recordings(self) -> int:
-        return len(self.rows)
+        return len(self.rows) + sum(reason != NO_CAPTION for reason in self.rejected.column("reason").to_pylist())
 
     def early_rejections(self) -> list[Rejection]:
-        return [Rejection(row.id, str(row.path), row.problem) for row in self.rows if row.problem]
+        return [Rejection(**row) for row in self.rejected.to_pylist()]
+
+    def origin(self) -> dict[str, Any]:
+        return self.come_from
 
     def clips(self, shard: Shard) -> Iterator[Clip | Rejection]:
-        for row in self.rows[shard.first : shard.last]:
+        rows = list(planning.rows_of(self.rows.slice(shard.first, shard.last - shard.first)))
+        for row, recording in _recordings(rows):
             try:
-                captions = usable_captions(row.captions)
-                samples = audio.load(row.path, self.data.sample_rate)
-                waveform = usable_waveform(samples, self.data.sample_rate, self.data.min_seconds)
-                yield Clip(row.id, shard.split, captions, waveform, str(row.path), self.data.sample_rate)
+                yield self._clip(row, recording)
             except UnusableClip as error:
-                yield Rejection(row.id, str(row.path), error.reason, error.detail)
+                yield row.rejection(error.reason, error.detail)
 
-
-def _folder_rows(settings: FolderSettings, named: Named) -> Iterator[ManifestRow]:
-    """The manifest's rows in order; rows that can be judged without the audio already carry their problem."""
-    folder = Path(settings.path or "").expanduser().resolve()
-    if not folder.is_dir():
-        raise SettingsError(f"{named.folder}: {folder} is not a folder; give the folder that holds the recordings")
-    manifest = _manifest_path(folder, settings.manifest, named)
-    table = _read_manifest(manifest, named)
-    seen: set[str] = set()
-    for row in table.to_pylist():
-        made = _manifest_row(row, _audio_root(folder, row.get("file_name")), seen)
-        seen.add(made.id)
-        yield made
-
-
-def _audio_root(folder: Path, name: object) -> Path:
-    """The folder that a relative file name starts from: the corpus's own, or its `audio` folder."""
-    inner = folder / "audio"
-    if not isinstance(name, str) or audio.is_there(folder / name.strip()):
-        return folder
-    return inner if audio.is_there(inner / name.strip()) else folder
-
-
-def _manifest_row(row: dict[str, Any], root: Path, seen: set[str]) -> ManifestRow:
-    name = str(row.get("file_name") or "").strip()
-    columns = sorted((key for key in row if re.fullmatch(r"caption(_\d+)?", key)), key=lambda key: (len(key), key))
-    captions = tuple(row[key] for key in columns)
-    identity = name if row.get("id") in (None, "") else str(row["id"])
-    given = str(row.get("split") or "").strip().lower()
-    split = _SPLIT_WORDS.get(given, given) or None
-    problem = None
-    if not name:
-        problem = "no file name"
-    elif identity in seen:
-        problem = "duplicate id"
-    elif split is not None and split not in SPLITS:
-        problem = "unknown split"
-    return ManifestRow(identity, root / name, captions, split, problem)
-
-
-def _manifest_path(folder: Path, given: str | None, named: Named) -> Path:
-    if given is not None:
-        path = folder / Path(given).expanduser()
-        if not path.is_file():
-            raise SettingsError(f"{named.manifest}: {path} is not there; name the CSV, JSONL or Parquet of captions")
-        return path
-    names = [f"{stem}{ending}" for stem in _MANIFESTS for ending in _READERS]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if len(found) != 1:
-        what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
-        raise SettingsError(f"{named.manifest}: looked in {folder} for one of {', '.join(names)}: {what}; name one")
-    return found[0]
-
-
-def _read_manifest(path: Path, named: Named) -> pa.Table:
-    """The manifest as a table of text columns.
-
-    Raises:
-        SettingsError: if it cannot be parsed or lacks the columns, naming those it has.
-    """
-    kind = _READERS.get(path.suffix.lower())
-    try:
-        if kind == "csv":
-            table = _read_csv(path)
-        elif kind == "json":
-            table = _read_json(path)
-        elif kind == "parquet":
-            table = pyarrow.parquet.read_table(path)
+    def _clip(self, row: Row, recording: BinaryIO | Path | UnusableClip) -> Clip:
+        captions, rate, seconds = usable_captions(row.captions), self.data.sample_rate, self.data.keep_seconds
+        if isinstance(recording, UnusableClip):
+            raise recording
+        if isinstance(recording, Path):
+            found = audio.load(recording, rate, seconds)
         else:
-            raise SettingsError(f"{named.manifest}: {path.name} is not a {', '.join(_READERS)} file")
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{named.manifest}: {path} cannot be read: {error}") from error
-    captions = [name for name in table.column_names if re.fullmatch(r"caption(_\d+)?", name)]
-    if "file_name" not in table.column_names or not captions:
-        found = ", ".join(table.column_names) or "none"
-        raise SettingsError(
-            f"{named.manifest}: {path} needs the columns file_name and caption (or caption_1 … caption_n); it has {found}"
-        )
-    return table
+            found = audio.decode(recording, row.source, rate, seconds)
+        waveform = usable_waveform(found.samples, rate, self.data.min_seconds)
+        return Clip(row.id, str(row.split), captions, waveform, row.source, rate, found.rate, row.source_id, found.cut)
 
 
-def _read_csv(path: Path) -> pa.Table:
-    """A CSV whose every column is text: a caption that looks like a number or a date stays as it was written."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        types = dict.fromkeys(next(csv.reader(stream), []), pa.string())
-    return pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
-    )
-
-
-def _read_json(path: Path) -> pa.Table:
-    """A JSONL file; text that looks like a date stays text."""
-    table = pyarrow.json.read_json(path)
-    dates = [(field.name, pa.string()) for field in table.schema if pa.types.is_timestamp(field.type)]
-    return pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(pa.schema(dates))) if dates else table
-
-
-def _split_rows(rows: Iterator[ManifestRow], settings: FolderSettings) -> Iterator[ManifestRow]:
-    """Rows grouped by split: as the manifest says, else by a hash of the id, so that adding clips moves few."""
-    every = list(rows)
-    yield from (row for row in every if row.problem)
-    good = [row for row in every if row.problem is None]
-    free = sorted((row for row in good if row.split is None), key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    validation, test = round(len(free) * settings.validation), round(len(free) * settings.test)
-    dealt = ["validation"] * validation + ["test"] * test + ["train"] * (len(free) - validation - test)
-    good = [row for row in good if row.split] + [
-        ManifestRow(row.id, row.path, row.captions, split) for row, split in zip(free, dealt, strict=True)
-    ]
-    for split in SPLITS:
-        yield from (row for row in good if row.split == split)
+def _recordings(rows: list[Row]) -> Iterator[tuple[Row, BinaryIO | Path | UnusableClip]]:
+    """Each row with its recording: a file, or what Parquet holds, read forward."""
+    for (path, inside), group in groupby(rows, lambda row: (row.path, row.place is not None)):
+        held = list(group)
+        if inside:
+            yield from zip(held, embedded.recordings(path, [int(row.place or 0) for row in held]), strict=True)
+        else:
+            yield from ((row, row.path) for row in held)

@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from ask_ray.config import SettingsError
-from ask_ray.data.schema import ROW_GROUP, SPLITS
+from ask_ray.data.schema import FORMAT, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder
 
 
@@ -22,6 +22,14 @@ class Group(NamedTuple):
     file: str
     number: int
     clips: int
+
+
+class Identities(NamedTuple):
+    """How the clips of a split can be recognised elsewhere, a list each in the order of the corpus."""
+
+    ids: list[str]
+    source_ids: list[str | None]
+    digests: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Corpus:
             raise SettingsError(f"{folder / 'manifest.json'}: not JSON ({error}); prepare the corpus anew") from error
         if not isinstance(manifest, dict) or set(manifest.get("splits", ())) != set(SPLITS):
             raise SettingsError(f"{folder / 'manifest.json'}: not the manifest of a prepared corpus; run jobs/prepare.py")
+        if manifest.get("format") != FORMAT:
+            raise SettingsError(
+                f"{folder / 'manifest.json'}: a corpus of format {manifest.get('format')}, and this ask_ray reads format "
+                f"{FORMAT}: prepare it anew"
+            )
         return cls(folder, manifest)
 
     @property
@@ -104,6 +117,12 @@ class Corpus:
         """Ids of the split's clips in the order of the corpus. Reads that one column."""
         files = self._files(split)
         return list(files.to_table(columns=["id"]).column("id").to_pylist()) if files.files else []
+
+    def identities(self, split: str) -> Identities:
+        """Ids, source ids and digests of the split's clips. Reads those columns."""
+        files, names = self._files(split), ["id", "source_id", "digest"]
+        table = files.to_table(columns=names) if files.files else None
+        return Identities(*(table.column(name).to_pylist() if table else [] for name in names))
 
     def waveforms(self, split: str, places: Iterable[int]) -> dict[int, np.ndarray]:
         """The samples of clips by their places in the order of the corpus, (samples,) int16 each; reads their row groups."""

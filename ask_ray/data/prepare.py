@@ -1,8 +1,9 @@
 """Preparing a corpus once, with Ray Data: decode, mono, resample, validate, write Parquet.
 
-A shard is the unit: one task writes its Parquet file under a temporary name and renames it, so a file that is there is
-whole, an interrupted run is taken up where it stopped, and the files do not depend on how many tasks ran. The corpus's
-``manifest.json`` is written last: without it there is no corpus.
+A shard is the unit: one task writes its Parquet file, a row group at a time, under a temporary name and renames it, so a file
+that is there is whole, an interrupted run is taken up where it stopped, and the files do not depend on how many tasks ran. The
+evaluation splits come first: what they hold is kept out of the training split. The corpus's ``manifest.json`` is written last:
+without it there is no corpus.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ import pyarrow.parquet as pq
 import ray
 
 from ask_ray.config import DataSettings, SettingsError, UserError
+from ask_ray.data import card
 from ask_ray.data.corpora import Shard, Source, source_of
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS, Clip, Rejection
+from ask_ray.data.held_out import HeldOut
+from ask_ray.data.schema import CLIPS, FORMAT, HELD_OUT, LEAKS, REJECTED, ROW_GROUP, SPLITS, UNBLAMED, Clip, Rejection
 from ask_ray.storage import Folder, digest_bytes, masked
 
 Progress = Callable[[int, int], None]
@@ -43,16 +48,17 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written.
         PreparingFailed: if a task fails; what is finished is kept.
     """
-    source = source_of(data)
+    held_out = HeldOut.named(data.held_out, data.sample_rate)
+    source = source_of(data, held_out)
     home = Folder.at(data.prepared)
-    folder = home / f"{data.corpus}-{_fingerprint(data, source)}"
+    folder = home / f"{data.corpus}-{_fingerprint(data, source, held_out)}"
     home.check_readable("data.prepared")
     if not folder.exists("manifest.json"):
         home.check_writable("data.prepared")
         shards = source.shards()
         _refuse_empty(data, shards, source)
         try:
-            written = list(_run(data, source, folder, shards, progress))
+            written = _write_all(data, source, folder, shards, held_out, progress)
         except ray.exceptions.RayError as error:
             raise PreparingFailed(
                 f"data.prepared: preparing {folder} stopped: {_innermost(error)}. Finished files are kept: once the cause is "
@@ -69,11 +75,11 @@ def _innermost(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
-def _fingerprint(data: DataSettings, source: Source) -> str:
+def _fingerprint(data: DataSettings, source: Source, held_out: HeldOut) -> str:
     """Twelve hexadecimal digits that change with whatever changes the prepared files."""
-    used = {"sample_rate", "min_seconds", "shard_clips", "corpus", data.corpus}
-    values = data.model_dump(mode="json", include=used)
-    return hashlib.blake2b((json.dumps(values, sort_keys=True) + source.key()).encode(), digest_size=6).hexdigest()
+    used = {"sample_rate", "min_seconds", "keep_seconds", "shard_clips", "corpus", data.corpus}
+    values = json.dumps(data.model_dump(mode="json", include=used), sort_keys=True)
+    return hashlib.blake2b(f"{FORMAT} {values} {source.key()} {held_out.key()}".encode(), digest_size=6).hexdigest()
 
 
 def _refuse_empty(data: DataSettings, shards: list[Shard], source: Source) -> None:
@@ -82,122 +88,207 @@ def _refuse_empty(data: DataSettings, shards: list[Shard], source: Source) -> No
         raise SettingsError(f"data.{data.corpus}: no clip is left for the training split ({dict(problems) or 'none given'})")
 
 
-def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard], progress: Progress) -> Iterator[dict[str, Any]]:
-    """Write every shard with Ray Data; yields what each file holds."""
+def _write_all(
+    data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut, progress: Progress
+) -> list[dict[str, Any]]:
+    """Write the evaluation splits, then the training split without what they hold; what each file holds."""
     total = sum(shard.last - shard.first for shard in shards)
     done = 0
+    written: list[dict[str, Any]] = []
+    for training in (False, True):
+        part = [shard for shard in shards if (shard.split == "train") is training]
+        against = _known(folder, written).joined(held_out) if training else HeldOut()
+        for row in _run(data, source, folder, part, against):
+            written.append(row)
+            done += row["clips"] + row["rejected"]
+            progress(done, total)
+    return written
+
+
+def _known(folder: Folder, written: list[dict[str, Any]]) -> HeldOut:
+    """The digests of the evaluation splits' clips."""
+    manifest = {"splits": {split: _summary([row for row in written if row["split"] == split]) for split in HELD_OUT}}
+    corpus = Corpus(folder, manifest)
+    pairs = {split: corpus.identities(split) for split in HELD_OUT}
+    return HeldOut(digests={
+        digest: f"{split} clip {clip!r}" for split, of in pairs.items() for clip, digest in zip(of.ids, of.digests, strict=True)
+    })  # fmt: skip
+
+
+def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    """Write shards with Ray Data; yields what each file holds."""
+    if not shards:
+        return
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = ray.data.from_items([{"shard": place} for place in range(len(shards))], override_num_blocks=len(shards))
-    known = ray.put((source, shards))
+    known = ray.put((source, shards, held_out))
     written = items.map(
-        lambda row: write_shard(*_shard(known, int(row["shard"])), folder),
+        partial(_task, known, folder),
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=min(data.prepare_tasks, len(shards))),
     )
-    for row in written.iter_rows():
-        done += row["clips"] + row["rejected"]
-        progress(done, total)
-        yield row
+    yield from (json.loads(row["summary"]) for row in written.iter_rows())
 
 
-def _shard(known: ray.ObjectRef, place: int) -> tuple[Source, Shard]:
-    source, shards = ray.get(known)
-    return source, shards[place]
+def _task(known: ray.ObjectRef, folder: Folder, item: dict[str, Any]) -> dict[str, Any]:
+    source, shards, held_out = ray.get(known)
+    return {"summary": json.dumps(write_shard(source, shards[int(item["shard"])], folder, held_out))}
 
 
-def write_shard(source: Source, shard: Shard, folder: Folder) -> dict[str, Any]:
-    """Prepare one shard, unless its file is there already.
+def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut | None = None) -> dict[str, Any]:
+    """Prepare one shard, unless its file is there already. Holds a row group of clips at a time.
+
+    Args:
+        held_out: clips whose samples are set aside if the shard has them.
 
     Returns:
-        what the file holds: name, split, clips, seconds, rejected, digest.
+        what the file holds: see :func:`_tally`, and its name and digest.
     """
     name, summary = f"{shard.name}.parquet", f"{shard.name}.json"
     if not (folder / "clips").exists(name) or not (folder / "shards").exists(summary):
-        clips, rejected = _collect(source.clips(shard))
-        content = _parquet([clip.row() for clip in clips], CLIPS, ROW_GROUP)
-        (folder / "rejected").write(name, _parquet([vars(rejection) for rejection in rejected], REJECTED, 4096))
-        (folder / "clips").write(name, content)
-        (folder / "shards").write_json(
-            summary,
-            {
-                "name": name,
-                "split": shard.split,
-                "clips": len(clips),
-                "seconds": float(sum(len(clip.waveform) / clip.rate for clip in clips)),
-                "samples": int(sum(len(clip.waveform) for clip in clips)),
-                "captions": int(sum(len(clip.captions) for clip in clips)),
-                "most_captions": max((len(clip.captions) for clip in clips), default=0),
-                "rejected": len(rejected),
-                "reasons": [rejection.reason for rejection in rejected],
-                "digest": digest_bytes(content),
-            },
-        )
+        rejected: list[Rejection] = []
+        tally = _tally(shard)
+        with (folder / "clips").writing(name) as stream:
+            sink = _Digesting(stream)
+            # Noise-like samples do not compress: the time is better spent elsewhere.
+            with pq.ParquetWriter(sink, CLIPS, compression="none", use_dictionary=False) as writer:
+                clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
+                while group := list(islice(clips, ROW_GROUP)):
+                    writer.write_table(_table([clip.row() for clip in group], CLIPS), ROW_GROUP)
+                    _count(tally, group)
+        tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": sink.digest()}
+        tally["leaks"] = [vars(one) for one in rejected if one.reason in LEAKS][: card.EXAMPLES]
+        (folder / "rejected").write(name, _parquet(rejected))
+        (folder / "shards").write_json(summary, tally)
     return dict((folder / "shards").read_json(summary))
 
 
-def _collect(found: Iterator[Clip | Rejection]) -> tuple[list[Clip], list[Rejection]]:
-    clips: list[Clip] = []
-    rejected: list[Rejection] = []
+class _Digesting:
+    """A stream to write to, and the digest of what was written."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream = stream
+        self._state = hashlib.blake2b(digest_size=16)
+
+    def write(self, content: Any) -> int:
+        self._state.update(content)
+        self._stream.write(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """The stream is closed by who opened it."""
+
+    def digest(self) -> str:
+        """As :func:`~ask_ray.storage.digest_bytes` gives it."""
+        return self._state.hexdigest()
+
+
+def _kept(found: Iterator[Clip | Rejection], held_out: HeldOut, rejected: list[Rejection]) -> Iterator[Clip]:
+    """The clips; what is set aside is put into `rejected`."""
     for item in found:
-        if isinstance(item, Clip):
-            clips.append(item)
-        else:
+        if isinstance(item, Rejection):
             rejected.append(item)
-    return clips, rejected
+        elif leak := held_out.find(digest=item.digest):
+            rejected.append(Rejection(item.id, item.source, leak.reason, f"it sounds as {leak.where} does"))
+        else:
+            yield item
 
 
-def _parquet(rows: list[dict[str, Any]], schema: pa.Schema, row_group: int) -> bytes:
+def _tally(shard: Shard) -> dict[str, Any]:
+    """Counts of a shard, before any clip. `rates`: clips by their recording's Hz; `lengths`: by their whole seconds; `words`:
+    captions by their number of words; `cut`: clips whose recordings are longer."""
+    counts = dict.fromkeys(("clips", "samples", "captions", "most_captions", "source_ids", "cut"), 0)
+    return {"name": f"{shard.name}.parquet", "split": shard.split, "seconds": 0.0, **counts} | {
+        name: Counter() for name in ("rates", "lengths", "words")
+    }
+
+
+def _count(tally: dict[str, Any], clips: list[Clip]) -> None:
+    for clip in clips:
+        tally["clips"] += 1
+        tally["samples"] += len(clip.waveform)
+        tally["seconds"] += len(clip.waveform) / clip.rate
+        tally["captions"] += len(clip.captions)
+        tally["most_captions"] = max(tally["most_captions"], len(clip.captions))
+        tally["source_ids"] += clip.source_id is not None
+        tally["cut"] += clip.cut
+        tally["rates"][str(clip.recorded_rate)] += 1
+        tally["lengths"][str(len(clip.waveform) // clip.rate)] += 1
+        tally["words"].update(str(len(caption.split())) for caption in clip.captions)
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = {name: [row[name] for row in rows] for name in schema.names}
     if "waveform" in columns:
         columns["waveform"] = _waveforms(columns["waveform"])
-    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-    sink = pa.BufferOutputStream()
-    # Noise-like samples do not compress: the time is better spent elsewhere.
-    pq.write_table(table, sink, row_group_size=row_group, compression="none", use_dictionary=False)
-    return bytes(sink.getvalue())
+    return pa.table(columns, schema=schema)
 
 
 def _waveforms(waveforms: list[np.ndarray]) -> pa.ListArray:
+    """Row groups are small enough for 32-bit offsets: see the bound of `data.keep_seconds`."""
     offsets = np.cumsum([0, *(len(one) for one in waveforms)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise SettingsError(f"data.shard_clips: {len(waveforms)} clips of this length are too much for a file; lower it")
     return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate([np.zeros(0, np.int16), *waveforms]))
 
 
+def _parquet(rejected: list[Rejection]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(_table([vars(one) for one in rejected], REJECTED), sink, compression="none")
+    return bytes(sink.getvalue())
+
+
 def _write_manifest(data: DataSettings, folder: Folder, source: Source, written: list[dict[str, Any]]) -> None:
-    """Publish the corpus, unless too little of it is usable."""
+    """Publish the corpus with its data card, unless too little of it is usable."""
     early = source.early_rejections()
     if early:
-        (folder / "rejected").write("planning.parquet", _parquet([vars(one) for one in early], REJECTED, 4096))
+        (folder / "rejected").write("planning.parquet", _parquet(early))
     reasons = Counter(rejection.reason for rejection in early)
     for row in written:
-        reasons.update(row.pop("reasons"))
-    rejected = sum(reasons.values())
-    told = f"{rejected} of {source.recordings()} recordings were set aside ({dict(reasons)}); see {folder / 'rejected'}"
+        reasons.update(row["reasons"])
+    blamed = {reason: count for reason, count in sorted(reasons.items()) if reason not in UNBLAMED}
+    rejected = sum(blamed.values())
+    told = f"{rejected} of {source.recordings()} recordings were set aside ({blamed}); see {folder / 'rejected'}"
     if not any(row["clips"] for row in written if row["split"] == "train"):
         raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {told}")
     if rejected > data.max_rejected * source.recordings():
         raise SettingsError(f"data.max_rejected is {data.max_rejected}: {told}; repair them or raise data.max_rejected")
-    folder.write_json(
-        "manifest.json",
-        {
-            "format": 1,
-            "corpus": data.corpus,
-            "sample_rate": data.sample_rate,
-            "splits": {split: _summary([row for row in written if row["split"] == split]) for split in SPLITS},
-            "rejected": dict(sorted(reasons.items())),
-            "settings": {**data.model_dump(mode="json"), "prepared": masked(data.prepared)},
-        },
-    )
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = sorted((row for row in rows if row["clips"]), key=lambda row: row["name"])
-    return {
-        "clips": sum(row["clips"] for row in rows),
-        "captions": sum(row["captions"] for row in rows),
-        "most_captions": max((row["most_captions"] for row in rows), default=0),
-        "samples": sum(row["samples"] for row in rows),
-        "hours": sum(row["seconds"] for row in rows) / 3600,
-        "files": [{key: row[key] for key in ("name", "clips", "digest")} for row in rows],
+    leaks = [vars(one) for one in early if one.reason in LEAKS]
+    leaks += chain.from_iterable(row["leaks"] for row in sorted(written, key=lambda row: row["name"]))
+    manifest = {
+        "format": FORMAT,
+        "corpus": data.corpus,
+        "sample_rate": data.sample_rate,
+        "origin": source.origin(),
+        "splits": {split: _summary([row for row in written if row["split"] == split]) for split in SPLITS},
+        "rejected": dict(sorted(reasons.items())),
+        "leaks": leaks[: card.EXAMPLES],
+        "settings": data.model_dump(mode="json")
+        | {"prepared": masked(data.prepared), "held_out": list(map(masked, data.held_out))},
     }
+    folder.write("card.md", card.render(manifest).encode())
+    folder.write_json("manifest.json", manifest)
+
+
+def _summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    rows = sorted((row for row in rows if row["clips"]), key=lambda row: row["name"])
+    files = [{key: row[key] for key in ("name", "clips", "digest")} for row in rows]
+    return {
+        **{name: sum(row[name] for row in rows) for name in ("clips", "captions", "samples", "source_ids", "cut")},
+        "most_captions": max((row["most_captions"] for row in rows), default=0),
+        "hours": sum(row["seconds"] for row in rows) / 3600,
+        **{name: _merged(row[name] for row in rows) for name in ("rates", "lengths", "words")},
+        "digest": digest_bytes(json.dumps(files).encode()),
+        "files": files,
+    }
+
+
+def _merged(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts by number, added up, the smallest number first."""
+    every: Counter[str] = Counter()
+    for one in counts:
+        every.update(one)
+    return {number: every[number] for number in sorted(every, key=int)}

@@ -5,18 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
 from ask_ray.config import UserError
+from ask_ray.storage import digest_bytes
 
 SPLITS = ("train", "validation", "test")
+
+#: What a clip must not be found in, if it is to be trained on.
+HELD_OUT = ("validation", "test")
+
+#: Of manifests and files as written here; a corpus of another format is prepared anew.
+FORMAT = 2
 
 #: Clips in a row group of the Parquet files: what is read at once.
 ROW_GROUP = 64
 
-#: A row is a clip: mono 16-bit samples at the corpus's rate, all its captions, where it came from, seconds.
+#: A row is a clip: mono 16-bit samples at the corpus's rate, all its captions, the file it came from, seconds; what the
+#: recording was taken from, named alike in every corpus (`freesound:1234`, `youtube:…`), if that is known; the samples' digest.
 CLIPS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -25,6 +34,8 @@ CLIPS = pa.schema(
         pa.field("waveform", pa.list_(pa.int16()), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("duration", pa.float32(), nullable=False),
+        pa.field("source_id", pa.string()),
+        pa.field("digest", pa.string(), nullable=False),
     ]
 )
 
@@ -37,6 +48,12 @@ REJECTED = pa.schema(
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
+
+#: Reasons that say nothing about a clip's quality; they do not count against `data.max_rejected`.
+NO_CAPTION, BLACKLISTED = "no caption", "blacklisted"
+BY_ID, BY_SOURCE, BY_DIGEST = "held out by id", "held out by source id", "held out by digest"
+LEAKS = (BY_ID, BY_SOURCE, BY_DIGEST)
+UNBLAMED = (NO_CAPTION, BLACKLISTED, *LEAKS)
 
 #: Peaks below this (-80 dB of full scale) count as silence.
 SILENCE = 1e-4
@@ -53,7 +70,10 @@ class UnusableClip(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """A usable clip. `waveform`: (samples,) int16 mono."""
+    """A usable clip. `waveform`: (samples,) int16 mono at `rate` Hz.
+
+    `recorded_rate`: Hz of the file; `cut`: whether it goes on after the clip's end.
+    """
 
     id: str
     split: str
@@ -61,6 +81,14 @@ class Clip:
     waveform: np.ndarray = field(repr=False)
     source: str
     rate: int
+    recorded_rate: int
+    source_id: str | None = None
+    cut: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the samples: the same in every corpus of the same rate that holds the recording."""
+        return digest_bytes(self.waveform.tobytes())
 
     def row(self) -> dict[str, object]:
         """The clip as a row of :data:`CLIPS`."""
@@ -71,6 +99,8 @@ class Clip:
             "waveform": self.waveform,
             "source": self.source,
             "duration": len(self.waveform) / self.rate,
+            "source_id": self.source_id,
+            "digest": self.digest,
         }
 
 

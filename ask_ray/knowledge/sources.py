@@ -7,6 +7,7 @@ the same recording wherever it stands: a pair that may not retrieve its own clip
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -15,6 +16,7 @@ import numpy as np
 
 from ask_ray.config import SettingsError
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.held_out import HeldOut
 from ask_ray.knowledge.snapshot import TRAIN
 from ask_ray.storage import Folder, masked
 
@@ -76,24 +78,25 @@ def _name(place: str, taken: set[str]) -> str:
 def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
     """Refuse, before training, sources that could not be encoded or would spoil what is measured.
 
-    Reads the ids of all clips if there are sources beside the run's own training split, and the samples of some of those
-    that several corpora share.
+    Reads the ids, source ids and digests of all clips if there are sources beside the run's own training split, and the samples
+    of some of those that several corpora share.
 
     Args:
         corpus: the run's.
 
     Raises:
         SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another sample rate, no
-            training clips, a missing modality, clips that the run holds out, or an id that stands for different recordings.
+            training clips, a missing modality, clips that the run holds out (by id, source id or digest), or an id that stands
+            for different recordings.
     """
     others = [(source, _opened(source, corpus)) for source in sources if not source.in_domain]
     if not others:
         return Extent(corpus.clips("train"), corpus.clips("train"))
     known = [(corpus, _places(corpus, "train"))]
-    held_out = {split: set(corpus.ids(split)) for split in ("validation", "test")}
+    held_out = HeldOut.of([corpus])
     for source, opened in others:
+        _refuse_leak(source, opened, corpus, held_out)
         places = _places(opened, source.split)
-        _refuse_leak(source, places, held_out)
         for other, there in known:
             _refuse_clash(source, opened, places, other, there)
         known.append((opened, places))
@@ -129,14 +132,18 @@ def _opened(source: Source, corpus: Corpus) -> Corpus:
     return opened
 
 
-def _refuse_leak(source: Source, places: dict[str, int], held_out: dict[str, set[str]]) -> None:
-    for split, ids in held_out.items():
-        leaked = sorted(ids & places.keys())
-        if leaked:
-            raise SettingsError(
-                f"knowledge.sources: {masked(source.corpus)} holds {len(leaked)} clips of the run's {split} split, such "
-                f"as {leaked[0]!r}: what is evaluated must not be in the knowledge base; take them out"
-            )
+def _refuse_leak(source: Source, opened: Corpus, corpus: Corpus, held_out: HeldOut) -> None:
+    clips = zip(*opened.identities(source.split), strict=True)
+    found = [(clip[0], leak) for clip in clips if (leak := held_out.find(*clip))]
+    if found:
+        reasons = Counter(leak.reason for _, leak in found)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        clip, leak = found[0]
+        raise SettingsError(
+            f"knowledge.sources: {masked(source.corpus)} holds {len(found)} clips that the run is evaluated on ({counts}), such "
+            f"as {clip!r}, which is {leak.where}. They must not be in the knowledge base: prepare it with "
+            f"--data.held_out '[{corpus.folder}]', which leaves them out and lists them"
+        )
 
 
 def _refuse_clash(source: Source, opened: Corpus, places: dict[str, int], other: Corpus, there: dict[str, int]) -> None:

@@ -1,177 +1,27 @@
-"""Sources: manifests of three kinds, rows set aside with a reason, stable splits, a bank of recordings."""
+"""Sources: what cannot be used is set aside with a reason, shards hold every row once, a bank of recordings."""
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import settings as budget
-from hypothesis import strategies as st
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
-from ask_ray.data.corpora import FolderSource, Shard, SoundscapeSource, source_of
-from ask_ray.data.schema import SPLITS, Clip, Rejection
+from ask_ray.data.corpora import RecordingSource, Shard, SoundscapeSource, source_of
+from ask_ray.data.rows import rows_of
+from ask_ray.data.schema import Clip, Rejection
 
 HELD_OUT = {"validation": 0.0, "test": 0.0}
 
 
-def folder_source(folder: Path, shard_clips: int = 256, **folder_settings) -> FolderSource:
+def folder_source(folder: Path, shard_clips: int = 256, **folder_settings) -> RecordingSource:
     settings = FolderSettings(path=str(folder), **folder_settings)
     made = source_of(DataSettings(corpus="folder", folder=settings, shard_clips=shard_clips))
-    assert isinstance(made, FolderSource)
+    assert isinstance(made, RecordingSource)
     return made
 
 
-def rows_of(folder: Path, text: str | bytes, name: str = "captions.csv") -> list:
-    """Rows of a manifest, in its order."""
-    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    rows = folder_source(folder, **HELD_OUT).rows
-    return sorted(rows, key=lambda row: row.id)
-
-
-def refused(folder: Path, **folder_settings) -> str:
-    with pytest.raises(SettingsError) as refusal:
-        folder_source(folder, **folder_settings)
-    return str(refusal.value)
-
-
-def splits_of(source: FolderSource) -> dict[str, list[str]]:
-    return {split: [row.id for row in source.rows if row.split == split and not row.problem] for split in SPLITS}
-
-
-def ids_of(source: FolderSource, split: str) -> list[str]:
-    return [source.rows[n].id for shard in source.shards() if shard.split == split for n in range(shard.first, shard.last)]
-
-
-# --- manifests
-
-
-def test_a_csv_with_quotes_newlines_a_byte_order_mark_and_non_ascii_names(tmp_path):
-    text = '﻿file_name,caption\r\n"Möwe, groß.wav","a ""gull"", crying\nat sea"\r\n海.flac,Wellen\r\n'
-    assert [(row.id, row.path, row.captions) for row in rows_of(tmp_path, text)] == [
-        ("Möwe, groß.wav", tmp_path / "Möwe, groß.wav", ('a "gull", crying\nat sea',)),
-        ("海.flac", tmp_path / "海.flac", ("Wellen",)),
-    ]
-
-
-@pytest.mark.parametrize("word", ["12", "1e5", "007", "true", "NA", "null", "nan", "2020-01-01", "10:30", "-0.50", "#N/A"])
-def test_a_caption_that_looks_like_something_else_stays_text(word, tmp_path):
-    both = [{"file_name": name, "caption": word, "id": f"{word}{name}"} for name in "ab"]
-    frames = {
-        "csv": "file_name,caption,id\n" + "".join(f"{row['file_name']},{word},{row['id']}\n" for row in both),
-        "jsonl": "".join(json.dumps(row) + "\n" for row in both),
-    }
-    for ending, text in frames.items():
-        folder = tmp_path / ending
-        folder.mkdir()
-        rows = rows_of(folder, text, f"captions.{ending}")
-        assert [(row.id, row.captions) for row in rows] == [(f"{word}a", (word,)), (f"{word}b", (word,))]
-
-
-@given(captions=st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), min_size=1, max_size=5))
-@budget(max_examples=40, deadline=None)
-def test_any_caption_survives_every_kind_of_manifest(captions, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("manifests")
-    rows = [{"file_name": f"{n}.wav", "caption": caption} for n, caption in enumerate(captions)]
-    with (folder / "a.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ["file_name", "caption"])
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
-    for name in ("a.csv", "a.jsonl", "a.parquet"):
-        found = folder_source(folder, manifest=name, **HELD_OUT).rows
-        assert {row.id: row.captions for row in found} == {row["file_name"]: (row["caption"],) for row in rows}, name
-
-
-def test_captions_come_in_the_order_of_their_numbers(tmp_path):
-    text = "caption_10,caption_2,file_name,caption_1,caption,captions\nten,two,a.wav,one,none,not one\n"
-    assert rows_of(tmp_path, text)[0].captions == ("none", "one", "two", "ten")
-
-
-def test_a_jsonl_may_leave_keys_out(tmp_path):
-    text = '{"file_name":"a.wav","caption_1":"x"}\n{"file_name":"b.wav","caption_1":"y","caption_2":"z","split":"val"}\n'
-    rows = rows_of(tmp_path, text, "manifest.jsonl")
-    assert [(row.captions, row.split) for row in rows] == [(("x", None), "train"), (("y", "z"), "validation")]
-
-
-def test_an_id_names_the_clip_and_may_be_a_number(tmp_path):
-    text = "".join(json.dumps({"file_name": f"{n}.wav", "caption": "x", "id": n}) + "\n" for n in range(3))
-    assert [row.id for row in rows_of(tmp_path, text, "captions.jsonl")] == ["0", "1", "2"]
-    (tmp_path / "captions.jsonl").unlink()
-    rows = rows_of(tmp_path, "file_name,caption,id\na.wav,x,007\nb.wav,x,\n")
-    assert [(row.id, row.path.name) for row in rows] == [("007", "a.wav"), ("b.wav", "b.wav")]
-
-
-def test_audio_may_lie_below_audio_or_anywhere(tmp_path, write_audio):
-    for name in ("here.wav", "audio/there.wav", "audio/both.wav", "both.wav"):
-        write_audio(tmp_path / name)
-    elsewhere = write_audio(tmp_path.parent / "elsewhere.wav")
-    text = f"id,file_name,caption\n1,here.wav,x\n2, there.wav ,x\n3,both.wav,x\n4,{elsewhere},x\n5,no.wav,x\n"
-    expected = [tmp_path / "here.wav", tmp_path / "audio/there.wav", tmp_path / "both.wav", elsewhere, tmp_path / "no.wav"]
-    assert [row.path for row in rows_of(tmp_path, text)] == expected
-
-
-def test_a_named_manifest_may_lie_elsewhere(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "mine.csv").write_text("file_name,caption\na.wav,x\n")
-    for manifest in ("../lists/mine.csv", str(tmp_path / "lists" / "mine.csv")):
-        row = folder_source(tmp_path / "corpus", manifest=manifest, **HELD_OUT).rows[0]
-        assert row.path == tmp_path / "corpus" / "a.wav"
-
-
-# --- refusals
-
-
-def test_a_missing_folder_is_refused_by_name(tmp_path):
-    message = refused(tmp_path / "no")
-    assert message.startswith("data.folder.path: ")
-    assert str(tmp_path / "no") in message
-
-
-def test_a_missing_manifest_says_what_was_looked_for(tmp_path):
-    message = refused(tmp_path)
-    for word in ("data.folder.manifest: ", str(tmp_path), "captions.csv", "manifest.jsonl", "captions.parquet"):
-        assert word in message
-    assert str(tmp_path / "mine.csv") in refused(tmp_path, manifest="mine.csv")
-
-
-def test_of_two_manifests_one_has_to_be_named(tmp_path):
-    for name in ("captions.csv", "manifest.jsonl"):
-        (tmp_path / name).write_text("file_name,caption\na.wav,x\n")
-    assert "captions.csv, manifest.jsonl are there" in refused(tmp_path)
-    assert folder_source(tmp_path, manifest="captions.csv").rows
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("captions.csv", "path;text\na.wav;x\n", "path;text"),
-        ("captions.csv", "file_name,text\na.wav,x\n", "file_name, text"),
-        ("captions.csv", "path,caption\na.wav,x\n", "path, caption"),
-        ("captions.csv", "file_name,caption_x\na.wav,x\n", "file_name, caption_x"),
-        ("captions.jsonl", '{"wav": "a.wav", "caption": "x"}\n', "wav, caption"),
-        ("captions.csv", "", "Empty"),
-        ("captions.csv", "file_name,caption\na.wav,x,y\n", "Expected 2 columns, got 3"),
-        ("captions.csv", "file_name,caption\na.wav,ü\n".encode("latin-1"), "utf-8"),
-        ("captions.csv", "file_name,caption\na.wav,ü\n".encode("utf-16"), "utf-8"),
-        ("captions.jsonl", '{"file_name": "a.wav"\n', "cannot be read"),
-        ("captions.jsonl", '[{"file_name": "a.wav", "caption": "x"}]\n', "cannot be read"),
-        ("captions.parquet", b"no parquet at all", "cannot be read"),
-        ("mine.txt", "file_name,caption\na.wav,x\n", ".parquet"),
-    ],
-)
-def test_a_manifest_that_cannot_be_used_says_what_is_wrong(name, content, told, tmp_path):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refused(tmp_path, manifest=name)
-    assert message.startswith("data.folder.manifest: ")
-    assert name in message
-    assert told in message
+def manifest(names) -> str:
+    return "file_name,caption\n" + "".join(f"{name}.wav,x\n" for name in names)
 
 
 # --- rows set aside
@@ -211,49 +61,13 @@ def test_a_clip_keeps_the_captions_that_have_text(tmp_path, write_audio):
     assert len(clip.waveform) == 8000
 
 
-# --- splits
-
-
-def manifest(names) -> str:
-    return "file_name,caption\n" + "".join(f"{name}.wav,x\n" for name in names)
-
-
-@given(count=st.integers(1, 60), validation=st.floats(0, 0.6), test=st.floats(0, 0.39), seed=st.integers(0, 9))
-@budget(max_examples=40, deadline=None)
-def test_splits_have_exact_sizes_and_are_disjoint(count, validation, test, seed, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("splits")
-    names = [f"{seed}-{n}" for n in range(count)]
-    (folder / "captions.csv").write_text(manifest(names))
-    split = splits_of(folder_source(folder, validation=validation, test=test))
-    assert (len(split["validation"]), len(split["test"])) == (round(count * validation), round(count * test))
-    assert sorted(name for ids in split.values() for name in ids) == sorted(f"{name}.wav" for name in names)
-
-
-def test_the_split_does_not_depend_on_the_order_of_rows(tmp_path):
-    found = []
-    for order in (1, -1):
-        (tmp_path / "captions.csv").write_text(manifest(range(50)[::order]))
-        source = folder_source(tmp_path)
-        found.append((splits_of(source), [ids_of(source, split) for split in SPLITS]))
-    assert found[0] == found[1]
-
-
-def test_added_rows_move_few_clips(tmp_path):
-    (tmp_path / "captions.csv").write_text(manifest(range(200)))
-    before = {name: split for split, names in splits_of(folder_source(tmp_path)).items() for name in names}
-    (tmp_path / "captions.csv").write_text(manifest([*range(1000, 1020), *range(200)]))
-    after = {name: split for split, names in splits_of(folder_source(tmp_path)).items() for name in names}
-    moved = [name for name in before if before[name] != after[name]]
-    assert len(moved) <= 12
-    assert not any({before[name], after[name]} == {"train", "validation"} for name in moved)
-
-
 def test_a_given_split_is_kept_and_its_synonyms_are_known(tmp_path):
     words = {"train": "train", "VAL": "validation", "valid": "validation", "dev": "validation", " validation ": "validation"}
     words |= {"test": "test", "eval": "test", "Evaluation": "test"}
     rows = "".join(f"{n}.wav,x,{word}\n" for n, word in enumerate(words))
     source_text = "file_name,caption,split\n" + rows + "free.wav,x,\n"
-    found = {row.id: row.split for row in rows_of(tmp_path, source_text)}
+    (tmp_path / "captions.csv").write_text(source_text)
+    found = {row.id: row.split for row in rows_of(folder_source(tmp_path, **HELD_OUT).rows)}
     assert found == {f"{n}.wav": split for n, split in enumerate(words.values())} | {"free.wav": "train"}
 
 
@@ -262,10 +76,11 @@ def test_shards_hold_every_usable_row_once_and_one_split_each(tmp_path):
     source = folder_source(tmp_path, shard_clips=8)
     shards = source.shards()
     places = [place for shard in shards for place in range(shard.first, shard.last)]
-    assert sorted(places) == [n for n, row in enumerate(source.rows) if not row.problem]
+    rows = list(rows_of(source.rows))
+    assert sorted(places) == list(range(len(rows)))
     assert len(places) == 50
     assert all(0 < shard.last - shard.first <= 8 for shard in shards)
-    assert all(row.split == shard.split for shard in shards for row in source.rows[shard.first : shard.last])
+    assert all(row.split == shard.split for shard in shards for row in rows[shard.first : shard.last])
     assert len({shard.name for shard in shards}) == len(shards)
 
 

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from ask_ray.config import UserError
 from ask_ray.data.schema import CLIPS, SILENCE, Clip, UnusableClip, id_number, usable_captions, usable_waveform
+from ask_ray.storage import digest_bytes
 
 RATE = 8000
 
@@ -96,7 +97,9 @@ def test_an_id_number_is_stable_and_fits_63_bits():
 
 
 def test_a_clip_is_a_row_of_the_schema():
-    row = Clip("a", "train", ("x", "y"), np.arange(4000, dtype=np.int16), "a.wav", RATE).row()
+    row = Clip("a", "train", ("x", "y"), np.arange(4000, dtype=np.int16), "a.wav", RATE, 44100, "freesound:1").row()
     table = pa.Table.from_pylist([row | {"waveform": row["waveform"].tolist()}], schema=CLIPS)
     assert table.to_pylist()[0]["captions"] == ["x", "y"]
     assert table.to_pylist()[0]["duration"] == 0.5
+    assert table.to_pylist()[0]["source_id"] == "freesound:1"
+    assert table.to_pylist()[0]["digest"] == digest_bytes(np.arange(4000, dtype=np.int16).tobytes())

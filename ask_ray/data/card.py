@@ -1,0 +1,123 @@
+"""The data card of a prepared corpus: what is in it, where it came from and what was left out, told from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from ask_ray.data.schema import BLACKLISTED, LEAKS
+
+#: Clips that the card names where it cannot name all.
+EXAMPLES = 20
+
+
+def render(manifest: dict[str, Any]) -> str:
+    """A manifest as Markdown. Depends on the clips alone, not on when, where or by how many tasks they were prepared."""
+    parts = (_head(manifest), _splits(manifest), _originals(manifest), _aside(manifest), _kept_out(manifest), _settings(manifest))
+    return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def _head(manifest: dict[str, Any]) -> Iterator[str]:
+    origin = manifest["origin"]
+    yield f"# {manifest['corpus']} at {manifest['sample_rate']} Hz"
+    yield ""
+    yield f"Source: {origin['layout']}" + (f", {origin['folder']}" if origin["folder"] else "")
+    if origin["lists"]:
+        yield ""
+        yield from _table(("list", "BLAKE2b digest"), [(f"`{name}`", f"`{digest}`") for name, digest in origin["lists"].items()])
+
+
+def _splits(manifest: dict[str, Any]) -> Iterator[str]:
+    yield "## Splits"
+    yield ""
+    rows = []
+    for split, of in manifest["splits"].items():
+        lengths, words = (_spread(of[name]) for name in ("lengths", "words"))
+        rows.append(
+            (
+                split,
+                of["clips"],
+                of["captions"],
+                f"{of['hours']:.2f}",
+                lengths,
+                words,
+                of["source_ids"],
+                of["cut"],
+                f"`{of['digest']}`",
+            )
+        )
+    headings = ("split", "clips", "captions", "hours", "seconds", "words", "with source id", "cut", "digest")
+    yield from _table(headings, rows)
+    yield ""
+    yield (
+        "Seconds a clip (whole seconds) and words a caption: least / median / most. Cut: the recording is longer than "
+        f"{manifest['settings']['keep_seconds']:g} s and goes on. The digest is of the digests of the split's files, which the "
+        "manifest lists."
+    )
+
+
+def _originals(manifest: dict[str, Any]) -> Iterator[str]:
+    yield "## Sampling rates of the recordings"
+    yield ""
+    rates: dict[int, int] = {}
+    for of in manifest["splits"].values():
+        for rate, count in of["rates"].items():
+            rates[int(rate)] = rates.get(int(rate), 0) + count
+    yield from _table(("Hz", "clips"), sorted(rates.items()))
+
+
+def _aside(manifest: dict[str, Any]) -> Iterator[str]:
+    yield "## Set aside"
+    yield ""
+    if manifest["rejected"]:
+        yield from _table(("reason", "rows"), list(manifest["rejected"].items()))
+        yield ""
+        yield "Each is listed with its file and details in `rejected/`."
+    else:
+        yield "Nothing."
+
+
+def _kept_out(manifest: dict[str, Any]) -> Iterator[str]:
+    yield "## Kept out of training because something is evaluated on it"
+    yield ""
+    counts = {reason: count for reason, count in manifest["rejected"].items() if reason in (*LEAKS, BLACKLISTED)}
+    against = ", ".join(manifest["settings"]["held_out"])
+    yield "Compared with the corpus's own validation and test splits" + (f", and with those of {against}." if against else ".")
+    yield ""
+    if not counts:
+        yield "No clip."
+        return
+    yield ", ".join(f"{count} {reason}" for reason, count in counts.items()) + "."
+    if manifest["leaks"]:
+        yield ""
+        yield from _table(("clip", "reason", "detail"), [(one["id"], one["reason"], one["detail"]) for one in manifest["leaks"]])
+        if sum(counts.get(reason, 0) for reason in LEAKS) > len(manifest["leaks"]):
+            yield ""
+            yield "… and more, see `rejected/`."
+
+
+def _settings(manifest: dict[str, Any]) -> Iterator[str]:
+    settings = manifest["settings"]
+    yield "## Settings"
+    yield ""
+    own = settings[manifest["corpus"]]
+    told = {name: settings[name] for name in ("sample_rate", "min_seconds", "keep_seconds", "shard_clips", "max_rejected")}
+    told |= {f"{manifest['corpus']}.{name}": value for name, value in own.items()}
+    yield from _table(("setting", "value"), [(f"`data.{name}`", value) for name, value in told.items()])
+
+
+def _spread(counts: dict[str, int]) -> str:
+    """Least, median and most of numbers that are counted in ascending order."""
+    if not counts:
+        return ""
+    numbers, upto = list(counts), list(accumulate(counts.values()))
+    median = next(number for number, reached in zip(numbers, upto, strict=True) if 2 * reached >= upto[-1])
+    return f"{numbers[0]} / {median} / {numbers[-1]}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    yield f"| {' | '.join(headings)} |"
+    yield f"|{'---|' * len(headings)}"
+    for row in rows:
+        yield "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |"

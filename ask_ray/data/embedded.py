@@ -1,0 +1,142 @@
+"""Parquet files with the audio in them, as data sets are kept on the Hugging Face hub: listed without reading the audio, then
+read forward, a few recordings at a time."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ask_ray.config import ParquetSettings, SettingsError
+from ask_ray.data import lists
+from ask_ray.data.folders import Tree
+from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, merged, texts
+from ask_ray.data.schema import SPLITS, UnusableClip
+
+SETTING = "data.parquet.path"
+
+#: Columns of which the first that is there names the clip.
+IDS = ("id", "youtube_id", "file_name")
+#: Columns that hold captions, each as text or as a list of texts.
+CAPTIONS = ("text", "caption", "captions")
+#: Recordings read at once.
+BATCH = 8
+
+
+def parquet(settings: ParquetSettings) -> Listing:
+    """The rows of Parquet files, by every column but the audio. Rows with the same video's id are captions of one clip.
+
+    Raises:
+        SettingsError: if there are no such files, one is damaged, or lacks the columns, naming those it has.
+    """
+    given = Path(settings.path or "").expanduser().resolve()
+    tree = Tree(str(given.parent if given.is_file() else given), SETTING)
+    files = [given] if given.is_file() else tree.lists(".parquet")
+    if not files:
+        raise tree.is_not("Parquet", "*.parquet")
+    rows = [row for path in files for row in _file_rows(path, tree.root)]
+    return Listing(merged(_named(rows)), tree.origin("Parquet with audio", files))
+
+
+def recordings(path: Path, places: Sequence[int]) -> Iterator[BinaryIO | Path | UnusableClip]:
+    """The recordings of rows of a file, in ascending order: their bytes, the file that is named instead of them, or why there is
+    neither. At most :data:`BATCH` are held at once.
+    """
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        wanted = iter([*places, -1])
+        place, start = next(wanted), 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            if start <= place < stop:
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=["audio"]):
+                    while start <= place < start + len(batch):
+                        yield _recording(path, batch.column(0)[place - start].as_py())
+                        place = next(wanted)
+                    start += len(batch)
+                    if not start <= place < stop:
+                        break
+            start = stop
+
+
+def _recording(path: Path, audio: dict[str, Any] | None) -> BinaryIO | Path | UnusableClip:
+    content, name = (audio or {}).get("bytes"), (audio or {}).get("path")
+    if content:
+        return io.BytesIO(content)
+    if name and content is None:
+        return path.parent / name
+    return UnusableClip("empty", "the row holds no bytes of audio")
+
+
+def _file_rows(path: Path, root: Path) -> Iterator[Row]:
+    try:
+        file = pq.ParquetFile(path)
+        names = _columns(path, file.schema_arrow)
+        told = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
+        for place, row in enumerate(told):
+            yield _row(row, path, place, root)
+    except (pa.ArrowException, OSError) as error:
+        raise SettingsError(f"{SETTING}: {path} cannot be read: {error}") from error
+
+
+def _columns(path: Path, schema: pa.Schema) -> list[str]:
+    """Of a file's columns, what a row is made from, without the bytes."""
+    audio = schema.field("audio").type if "audio" in schema.names else None
+    captions = _captions(schema.names)
+    if audio is None or not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0 or not captions:
+        raise SettingsError(
+            f"{SETTING}: {path} needs the columns audio (with bytes and path) and text, caption, captions or caption_1 … "
+            f"caption_n; it has {', '.join(f'{field.name} ({field.type})' for field in schema) or 'none'}"
+        )
+    others = [name for name in (*IDS, "split", "source_id", "sound_id") if name in schema.names]
+    return [*captions, *others, *(["audio.path"] if audio.get_field_index("path") >= 0 else [])]
+
+
+def _captions(names: Sequence[str]) -> list[str]:
+    return [name for name in CAPTIONS if name in names and name != "caption"] + lists.caption_columns(names)
+
+
+def _row(row: dict[str, Any], path: Path, place: int, root: Path) -> Row:
+    given = str(row.get("split") or "").strip().lower()
+    split = SPLIT_WORDS.get(given, given) or split_of(path.relative_to(root))
+    clip = next((str(row[name]) for name in IDS if row.get(name) not in (None, "")), "")
+    held = [row[name] for name in _captions(list(row))]
+    captions = texts(text for one in held for text in (one if isinstance(one, list) else [one]))
+    name = str((row.get("audio") or {}).get("path") or "")
+    problem = "unknown split" if split is not None and split not in SPLITS else None
+    return Row(clip, path, captions, split, _source_id(row), place, problem, "" if clip else PurePath(name).name)
+
+
+def _source_id(row: dict[str, Any]) -> str | None:
+    if row.get("source_id"):
+        return str(row["source_id"]).strip() or None
+    if row.get("youtube_id"):
+        return f"youtube:{str(row['youtube_id']).strip()}"
+    sound = str(row.get("sound_id") or "").strip()
+    return f"freesound:{sound}" if sound.isdigit() else None
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file's name, else a folder's above it, begins with: `train-00000-of-00004`, `validation/part.parquet`."""
+    for part in reversed(path.parts):
+        word = re.split(r"[^a-z]", part.lower())[0]
+        if word in SPLIT_WORDS:
+            return SPLIT_WORDS[word]
+    return None
+
+
+def _named(rows: list[Row]) -> Iterator[Row]:
+    """Rows without an id are named after their recordings where those names are unique, else after their places."""
+    names = Counter(row.detail for row in rows if not row.id)
+    for row in rows:
+        if row.id:
+            yield row
+        else:
+            unique = row.detail if row.detail and names[row.detail] == 1 else f"{row.path.name}#{row.place}"
+            yield replace(row, id=unique, detail="")

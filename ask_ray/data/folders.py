@@ -1,0 +1,214 @@
+"""A folder of recordings with a manifest of captions, and the audio files below any folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from ask_ray.config import FolderSettings, SettingsError
+from ask_ray.data import audio, lists
+from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, texts
+from ask_ray.data.schema import NO_CAPTION, SPLITS
+from ask_ray.storage import digest_file
+
+#: Files that are taken for recordings, also those that libsndfile cannot read: they are listed as unreadable, not as missing.
+ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".webm")
+_MANIFESTS = ("captions", "manifest")
+
+
+class Named(NamedTuple):
+    """The settings that name a folder and its manifest, for messages."""
+
+    folder: str
+    manifest: str
+
+
+class Tree:
+    """The files below a folder, walked once in the order of their names.
+
+    Audio files are found by name within sections. A section is a folder at any depth whose name begins with one of the
+    section's words (the deepest such folder counts); files in none are found for every section that lacks the name.
+
+    Raises:
+        SettingsError: if the folder is not there.
+    """
+
+    def __init__(self, folder: str, setting: str, sections: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.root = Path(folder).expanduser().resolve()
+        self._setting, self._sections = setting, sections or {}
+        if not self.root.is_dir():
+            raise SettingsError(f"{setting}: {self.root} is not a folder; give the folder that holds the recordings")
+        self._audio: dict[tuple[str | None, str], list[Path]] = {}
+        self._others: list[Path] = []
+        self._used: set[Path] = set()
+        for path in _walk(self.root):
+            if path.suffix.lower() in ENDINGS:
+                self._audio.setdefault((self._section(path), _stem(path.name)), []).append(path)
+            else:
+                self._others.append(path)
+
+    def lists(self, ending: str) -> list[Path]:
+        """Files with an ending other than audio's, such as `.csv`, in any case."""
+        return [path for path in self._others if path.name.lower().endswith(ending)]
+
+    def named(self, *names: str) -> Path | None:
+        """The one list of one of these names.
+
+        Raises:
+            SettingsError: if there are several, naming them.
+        """
+        found = [path for path in self._others if path.name in names]
+        if len(found) > 1:
+            told = ", ".join(str(path.relative_to(self.root)) for path in found)
+            raise SettingsError(f"{self._setting}: {self.root} holds {told}: give the folder of one of them")
+        return found[0] if found else None
+
+    def find(self, section: str, *names: str) -> Path | None:
+        """The recording of the first of these names, with any audio ending, that the section has."""
+        for name in names:
+            inner = PurePath(name).name
+            for key in ((section, _stem(inner)), (None, _stem(inner))):
+                if key in self._audio:
+                    found = next((path for path in self._audio[key] if path.name == inner), self._audio[key][0])
+                    self._used.add(found)
+                    return found
+        return None
+
+    def use(self, path: Path) -> None:
+        """Count a recording as one that a list names."""
+        self._used.add(path)
+
+    def without_caption(self) -> list[Row]:
+        """The recordings that no list names, as rows that are set aside."""
+        left = [path for paths in self._audio.values() for path in paths if path not in self._used]
+        return [
+            Row(str(path.relative_to(self.root)), path, (), problem=NO_CAPTION, detail="no list names this recording")
+            for path in sorted(left)
+        ]
+
+    def origin(self, layout: str, used: Sequence[Path]) -> dict[str, Any]:
+        """What the data card tells of where a corpus came from."""
+        return {
+            "layout": layout,
+            "folder": str(self.root),
+            "lists": {_below(path, self.root): digest_file(path) for path in used},
+        }
+
+    def is_not(self, corpus: str, looked_for: str) -> SettingsError:
+        """The error that the folder holds another thing than the corpus, with what is there."""
+        there = sorted(path.name + ("/" if path.is_dir() else "") for path in self.root.iterdir())
+        told = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
+        recordings = sum(map(len, self._audio.values()))
+        return SettingsError(
+            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {told}, with "
+            f"{recordings} recordings below; give the corpus's folder, or choose another data.corpus"
+        )
+
+    def _section(self, path: Path) -> str | None:
+        for part in reversed(path.relative_to(self.root).parts[:-1]):
+            for section, words in self._sections.items():
+                if part.lower().startswith(tuple(words)):
+                    return section
+        return None
+
+
+def folder(settings: FolderSettings) -> Listing:
+    """The rows of a folder with a manifest, and the recordings there that it does not name."""
+    named = Named("data.folder.path", "data.folder.manifest")
+    tree = Tree(settings.path or "", named.folder)
+    rows = list(manifest_rows(settings, named))
+    for row in rows:
+        tree.use(Path(os.path.normpath(row.path)))
+    manifest = _manifest_path(tree.root, settings.manifest, named)
+    return Listing(rows + tree.without_caption(), tree.origin("folder with a manifest", [manifest]))
+
+
+def manifest_rows(settings: FolderSettings, named: Named) -> Iterator[Row]:
+    """The manifest's rows in order; rows that can be judged without the audio already carry their problem.
+
+    Raises:
+        SettingsError: if the folder or the manifest is missing or malformed; the message says what was looked for.
+    """
+    root = Path(settings.path or "").expanduser().resolve()
+    if not root.is_dir():
+        raise SettingsError(f"{named.folder}: {root} is not a folder; give the folder that holds the recordings")
+    table = _read_manifest(_manifest_path(root, settings.manifest, named), named)
+    for row in table.to_pylist():
+        yield _manifest_row(row, _audio_root(root, row.get("file_name")))
+
+
+def _audio_root(root: Path, name: object) -> Path:
+    """The folder that a relative file name starts from: the corpus's own, or its `audio` folder."""
+    inner = root / "audio"
+    if not isinstance(name, str) or audio.is_there(root / name.strip()):
+        return root
+    return inner if audio.is_there(inner / name.strip()) else root
+
+
+def _manifest_row(row: dict[str, Any], root: Path) -> Row:
+    name = str(row.get("file_name") or "").strip()
+    identity = name if row.get("id") in (None, "") else str(row["id"])
+    given = str(row.get("split") or "").strip().lower()
+    split = SPLIT_WORDS.get(given, given) or None
+    problem = None
+    if not name:
+        problem = "no file name"
+    elif split is not None and split not in SPLITS:
+        problem = "unknown split"
+    source = str(row.get("source_id") or "").strip() or None
+    return Row(identity, root / name, texts(lists.captions_of(row)), split, source, problem=problem)
+
+
+def _manifest_path(root: Path, given: str | None, named: Named) -> Path:
+    if given is not None:
+        path = root / Path(given).expanduser()
+        if not path.is_file():
+            raise SettingsError(f"{named.manifest}: {path} is not there; name the CSV, JSONL or Parquet of captions")
+        return path
+    names = [f"{stem}{ending}" for stem in _MANIFESTS for ending in lists.READERS]
+    found = [root / name for name in names if (root / name).is_file()]
+    if len(found) != 1:
+        what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
+        raise SettingsError(f"{named.manifest}: looked in {root} for one of {', '.join(names)}: {what}; name one")
+    return found[0]
+
+
+def _read_manifest(path: Path, named: Named) -> pa.Table:
+    """The manifest as a table.
+
+    Raises:
+        SettingsError: if it cannot be parsed or lacks the columns, naming those it has.
+    """
+    table = lists.read(path, named.manifest)
+    if "file_name" not in table.column_names or not lists.caption_columns(table.column_names):
+        found = ", ".join(table.column_names) or "none"
+        raise SettingsError(
+            f"{named.manifest}: {path} needs the columns file_name and caption (or caption_1 … caption_n); it has {found}"
+        )
+    return table
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files below a folder in the order of their names, through links too but into no folder twice; none that is hidden."""
+    entered = set()
+    for above, inner, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(above)
+        inner[:] = [] if real in entered else sorted(name for name in inner if not name.startswith("."))
+        if real not in entered:
+            yield from (Path(above, name) for name in sorted(files) if not name.startswith("."))
+        entered.add(real)
+
+
+def _stem(name: str) -> str:
+    """A file's name without an audio ending."""
+    name = lists.plain(name)
+    ending = PurePath(name).suffix
+    return name.removesuffix(ending).rstrip() if ending.lower() in ENDINGS else name
+
+
+def _below(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
