@@ -95,3 +95,37 @@ def test_reading_the_settings_does_not_wait_for_ray_and_torch():
     code = "import sys, ask_ray.command; print(sorted({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        (["--corpus", "clotho", "--path", "/c", "--out", "s3://b/p"], {"corpus": "clotho", "path": "/c", "out": "s3://b/p"}),
+        (["--out=/o", "--path=/a=b c", "--corpus=parquet"], {"corpus": "parquet", "path": "/a=b c", "out": "/o"}),
+        (["--corpus", "folder", "--data.folder.path", "/f"], {"corpus": "folder", "path": "/f", "out": "prepared"}),
+        (["--data.corpus", "wavcaps", "--data.wavcaps.path=/w"], {"corpus": "wavcaps", "path": "/w", "out": "prepared"}),
+    ],
+)
+def test_a_corpus_may_be_named_in_short(words, full, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["job", *words, "--data.sample_rate", "32000"])
+    seen: list[Settings] = []
+    command.with_settings("a job", seen.append, command.corpus_in_full)
+    data = seen[0].data
+    assert (data.corpus, getattr(data, data.corpus).path, data.prepared, data.sample_rate) == (*full.values(), 32000)
+
+
+@pytest.mark.parametrize("words", [["--path", "/x"], ["--corpus", "soundscapes", "--path", "/x"]])
+def test_a_path_without_a_corpus_that_reads_it_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.corpus_in_full(words)
+    assert stop.value.code == 2
+    assert "--corpus" in capsys.readouterr().err
+
+
+def test_the_preparing_job_tells_its_short_forms_and_refuses_an_unknown_corpus():
+    told = subprocess.run([sys.executable, JOBS / "prepare.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--data.NAME.path PLACE" in told
+    words = ["--corpus", "musiccaps", "--path", "/x"]
+    done = subprocess.run([sys.executable, JOBS / "prepare.py", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

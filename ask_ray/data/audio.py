@@ -60,7 +60,16 @@ def decode(source: Path | BinaryIO, name: str, rate: int, seconds: float = math.
             samples = file.read(kept, dtype="float32", always_2d=True)
     except (RuntimeError, TypeError, ValueError, MemoryError, OSError) as error:  # a damaged header can promise any length
         raise UnusableClip("unreadable", f"{name}: {error}") from error
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    mono = _mono(samples)
     if found != rate and mono.size > 0 and np.isfinite(mono).all():
         mono = np.asarray(soxr.resample(mono, found, rate), dtype=np.float32)
     return Decoded(mono, found, frames > kept)
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    """The mean of (samples, channels), channel by channel: many times as fast as along the rows."""
+    mono = samples[:, 0].copy()
+    for channel in range(1, samples.shape[1]):
+        mono += samples[:, channel]
+    mono /= samples.shape[1]
+    return mono

@@ -1,7 +1,12 @@
 """Preparing on a real Ray session: every row accounted for, taken up again, the same bytes however it ran."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +27,8 @@ def walk_files(root: Path) -> list[Path]:
     """Every file below a folder, sorted."""
     return sorted(path for path in root.rglob("*") if path.is_file())
 
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -159,6 +166,11 @@ def test_the_manifest_counts_what_the_files_hold(which, request):
         assert told["most_captions"] == max(len(row["captions"]) for row in rows)
         assert told["samples"] == sum(len(row["waveform"]) for row in rows)
         assert told["hours"] * 3600 == pytest.approx(sum(row["duration"] for row in rows))
+        assert told["lengths"] == {str(n): count for n, count in sorted(Counter(int(row["duration"]) for row in rows).items())}
+        words = Counter(len(caption.split()) for row in rows for caption in row["captions"])
+        assert told["words"] == {str(n): count for n, count in sorted(words.items())}
+        assert sum(told["rates"].values()) == len(rows)
+        assert all(row["digest"] == digest_bytes(np.array(row["waveform"], np.int16).tobytes()) for row in rows)
     listed = {file["name"] for split in SPLITS for file in corpus.manifest["splits"][split]["files"]}
     empty = {path.name for path in walk_files(home / "clips")} - listed
     assert all(pq.read_metadata(home / "clips" / name).num_rows == 0 for name in empty)
@@ -293,11 +305,9 @@ def test_a_bank_of_recordings_is_prepared_with_its_rejections(tmp_path, write_au
     assert all("a tone called" in text.lower() for row in rows_below(home_of(corpus) / "clips") for text in row["captions"])
 
 
-def test_a_shard_too_large_for_one_file_names_its_setting():
-    huge = np.broadcast_to(np.int16(1), (1 << 30,))
-    with pytest.raises(SettingsError, match=r"^data\.shard_clips: "):
-        _waveforms([huge, huge])
+def test_samples_of_clips_lie_one_after_the_other():
     assert _waveforms([np.arange(3, dtype=np.int16), np.zeros(0, np.int16)]).to_pylist() == [[0, 1, 2], []]
+    assert np.iinfo(np.int32).max > ROW_GROUP * 600 * 48000  # the longest clips there can be: see data.keep_seconds
 
 
 def test_a_write_that_fails_leaves_no_shard_that_looks_finished(tmp_path):
@@ -322,3 +332,165 @@ def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_se
     (made / "clips").write_text("")  # a file where a folder must be: no task can write there
     with pytest.raises(PreparingFailed, match="Finished files are kept"):
         prepare(settings.data)
+
+
+# --- the field's corpora
+
+
+LAYOUTS = ("audiocaps", "clotho", "wavcaps", "parquet")
+CLIPS_OF = {"audiocaps": [12, 2, 4], "clotho": [6, 2, 3], "wavcaps": [6, 1, 2], "parquet": [9, 0, 3]}
+ASIDE_OF = {
+    "audiocaps": {
+        "empty": 1, "held out by digest": 1, "held out by id": 1, "missing file": 1, "no caption": 1, "unreadable": 1
+    },
+    "clotho": {"held out by source id": 1, "unreadable": 1},
+    "wavcaps": {"blacklisted": 2, "empty caption": 1, "missing file": 1},
+    "parquet": {"empty": 1, "held out by digest": 1, "unreadable": 1},
+}  # fmt: skip
+
+
+def layout_data(name: str, path: Path, prepared: Path, **changes) -> DataSettings:
+    section = {"path": str(path)} | ({"validation": 0.1, "test": 0.2} if name == "wavcaps" else {})
+    return DataSettings.model_validate(
+        {"corpus": name, name: section, "prepared": str(prepared), "max_rejected": 0.3, "shard_clips": 5, "sample_rate": 8000}
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def layouts(ray_session, trees, tmp_path_factory) -> dict[str, Corpus]:
+    home = tmp_path_factory.mktemp("layouts")
+    return {name: prepare(layout_data(name, trees[name], home)) for name in LAYOUTS}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_public_layout_is_prepared_with_what_is_wrong_listed(name, layouts):
+    corpus = layouts[name]
+    assert [corpus.clips(split) for split in SPLITS] == CLIPS_OF[name]
+    assert corpus.rejected() == ASIDE_OF[name]
+    listed = rows_below(home_of(corpus) / "rejected")
+    assert Counter(row["reason"] for row in listed) == ASIDE_OF[name]
+    assert all(row["id"] and row["source"] for row in listed)
+    told = (home_of(corpus) / "card.md").read_text()
+    for reason, count in ASIDE_OF[name].items():
+        assert f"| {reason} | {count} |" in told
+    for leak in (row for row in listed if row["reason"].startswith("held out")):
+        assert leak["id"] in told
+    for row in rows_below(home_of(corpus) / "clips"):
+        assert len(row["waveform"]) == pytest.approx(3200, abs=600)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nothing_that_is_evaluated_is_trained_on(name, layouts):
+    corpus = layouts[name]
+    training = corpus.identities("train")
+    for split in ("validation", "test"):
+        held_out = corpus.identities(split)
+        assert not set(held_out.ids) & set(training.ids)
+        assert not set(held_out.digests) & set(training.digests)
+        assert not ({*held_out.source_ids} & {*training.source_ids}) - {None}
+
+
+def test_the_files_of_a_layout_do_not_depend_on_the_number_of_tasks(layouts, trees, tmp_path):
+    for name in ("audiocaps", "parquet"):
+        again = prepare(layout_data(name, trees[name], tmp_path, prepare_tasks=4))
+        one, other = contents(home_of(layouts[name])), contents(home_of(again))
+        assert json.loads(one.pop("manifest.json"))["splits"] == json.loads(other.pop("manifest.json"))["splits"]
+        assert one == other
+
+
+def test_what_another_corpus_is_evaluated_on_is_kept_out_and_named(layouts, trees, tmp_path):
+    clotho = layouts["clotho"]
+    guarded = prepare(layout_data("wavcaps", trees["wavcaps"], tmp_path, held_out=[str(clotho.folder)]))
+    assert guarded.folder.name != layouts["wavcaps"].folder.name
+    leaks = [row for row in rows_below(home_of(guarded) / "rejected") if row["reason"].startswith("held out")]
+    assert [(row["id"], row["reason"]) for row in leaks] == [("FreeSound/3002", "held out by source id")]
+    assert "test clip 'Möwe, n° 2 evaluation.wav'" in leaks[0]["detail"]
+    assert "FreeSound/3002" in (home_of(guarded) / "card.md").read_text()
+
+
+def test_digests_of_another_corpus_are_compared_too(layouts, trees, tmp_path, write_audio):
+    audiocaps = layouts["audiocaps"]
+    copied = next(path for path in (trees["audiocaps"] / "audio" / "test").iterdir() if path.suffix == ".wav")
+    shutil.copy(copied, write_audio(tmp_path / "in" / "other.wav").with_name("mine.wav"))
+    (tmp_path / "in" / "captions.csv").write_text("file_name,caption\nother.wav,x\nmine.wav,y\n")
+    folder = {"path": str(tmp_path / "in"), "validation": 0, "test": 0}
+    data = DataSettings.model_validate({"corpus": "folder", "folder": folder, "prepared": str(tmp_path), "sample_rate": 8000})
+    assert prepare(data).ids("train") == ["other.wav", "mine.wav"] or prepare(data).ids("train") == ["mine.wav", "other.wav"]
+    guarded = prepare(data.model_copy(update={"held_out": [str(audiocaps.folder)]}))
+    assert guarded.ids("train") == ["other.wav"]
+    assert guarded.rejected() == {"held out by digest": 1}
+
+
+def test_long_recordings_are_cut_and_counted(tmp_path, write_audio):
+    for n, seconds in enumerate((0.5, 3.0)):
+        write_audio(tmp_path / "in" / f"{n}.flac", seconds=seconds, hz=300 + n)
+    (tmp_path / "in" / "captions.csv").write_text("file_name,caption\n0.flac,x\n1.flac,y\n")
+    folder = FolderSettings(path=str(tmp_path / "in"), validation=0, test=0)
+    corpus = prepare(folder_data(tmp_path / "in", tmp_path, folder=folder, keep_seconds=1.5))
+    assert sorted(row["duration"] for row in rows_below(home_of(corpus) / "clips")) == [0.5, 1.5]
+    assert corpus.manifest["splits"]["train"]["cut"] == 1
+
+
+def test_a_killed_run_goes_on_where_it_was_killed(tmp_path):
+    """The whole job, killed with SIGKILL; what it finished is kept, and in the end all is as if it was left alone."""
+    scenes = [f"--data.soundscapes.{name}" for name in ("train", "validation", "test", "seconds", "captions")]
+    words = [word for pair in zip(scenes, ("240", "4", "4", "2", "1"), strict=True) for word in pair]
+    command = [sys.executable, str(JOBS / "prepare.py"), *words, "--data.shard_clips", "4", "--data.sample_rate", "8000", "--out"]
+    prepared = tmp_path / "killed"
+    job = subprocess.Popen(
+        [*command, str(prepared)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    end = time.monotonic() + 300
+    while len(list(prepared.glob("*/shards/*.json"))) < 8 and job.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    (home,) = prepared.iterdir()
+    assert not (home / "manifest.json").exists()
+    finished = times(home / "shards") | {f"clips/{name}": stamp for name, stamp in times(home / "clips").items()}
+    done = {name.removesuffix(".json") for name in times(home / "shards")}
+    made = {"train": 240, "validation": 4, "test": 4, "seconds": 2.0, "captions": 1}
+    data = DataSettings(prepared=str(prepared), sample_rate=8000, shard_clips=4, soundscapes=SoundscapeSettings(**made))
+    again = prepare(data)
+    assert home_of(again) == home
+    for name in done:
+        assert (home / "shards" / f"{name}.json").stat().st_mtime_ns == finished[f"{name}.json"]
+        assert (home / "clips" / f"{name}.parquet").stat().st_mtime_ns == finished[f"clips/{name}.parquet"]
+    alone = prepare(data.model_copy(update={"prepared": str(tmp_path / "alone")}))
+    left = {path.name for path in home.rglob(".*")}
+    assert {name: content for name, content in contents(home / "clips").items() if name not in left} == contents(
+        home_of(alone) / "clips"
+    )
+    assert (home / "card.md").read_bytes() == (home_of(alone) / "card.md").read_bytes()
+
+
+def test_memory_does_not_grow_with_the_clips_of_a_file(tmp_path):
+    """The peak of a process that writes a file of 64 clips of 10 s, and of one that writes 512."""
+    code = """
+import resource, sys
+from ask_ray.config import DataSettings, SoundscapeSettings
+from ask_ray.data.corpora import Shard, source_of
+from ask_ray.data.prepare import write_shard
+from ask_ray.storage import Folder
+from ask_ray.data.schema import Clip
+import numpy as np
+
+class Noise:
+    def clips(self, shard):
+        for n in range(shard.first, shard.last):
+            samples = np.random.default_rng(n).integers(-999, 999, 160_000).astype(np.int16)
+            yield Clip(str(n), "train", ("x",), samples, "", 16000, 16000)
+
+write_shard(Noise(), Shard("train", 0, 0, int(sys.argv[1])), Folder.at(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(n), str(tmp_path / str(n))], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for n in (64, 512)
+    ]
+    assert peaks[1] - peaks[0] < 60_000  # KiB; the file is 164 MB

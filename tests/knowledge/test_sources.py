@@ -194,13 +194,38 @@ def test_one_other_sample_in_one_of_few_shared_clips_is_seen(compared, place, tm
     assert repr(clip) in refused(run, "train", changed)
 
 
+def with_one(table: pa.Table, column: str, value: str) -> pa.Table:
+    """The table with another value of a column in training clip 45."""
+    pairs = zip(table.column("id").to_pylist(), table.column(column).to_pylist(), strict=True)
+    return put(table, column, pa.array([value if clip == "train-0000045" else old for clip, old in pairs], pa.string()))
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_clips_that_the_run_holds_out_are_refused(corpus, enriched, tmp_path, split):
-    def leaking(table: pa.Table) -> pa.Table:
-        ids = [f"{split}-0000001" if one == "train-0000045" else one for one in table.column("id").to_pylist()]
-        return put(table, "id", pa.array(ids))
+    leak = f"{split}-0000001"
+    told = refused(corpus, "train", altered(enriched, tmp_path / "leak", lambda table: with_one(table, "id", leak)))
+    assert f"leak holds 1 clips that the run is evaluated on (1 held out by id), such as {leak!r}" in told
+    assert f"{split} clip {leak!r} of {corpus.folder}" in told
+    assert f"--data.held_out '[{corpus.folder}]'" in told
 
-    told = refused(corpus, "train", altered(enriched, tmp_path / "leak", leaking))
-    assert f"1 clips of the run's {split} split" in told
-    assert f"'{split}-0000001'" in told
-    assert "leak" in told
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_clips_that_sound_as_one_that_is_held_out_are_refused(corpus, enriched, tmp_path, split):
+    digest = corpus.identities(split).digests[2]
+    told = refused(corpus, "train", altered(enriched, tmp_path / "leak", lambda table: with_one(table, "digest", digest)))
+    assert "(1 held out by digest), such as 'train-0000045'" in told
+    assert f"{split} clip '{split}-0000002'" in told
+
+
+def test_clips_of_a_source_that_is_held_out_are_refused(corpus, enriched, tmp_path):
+    def named(table: pa.Table) -> pa.Table:
+        return put(table, "source_id", pa.array([f"freesound:{clip}" for clip in table.column("id").to_pylist()]))
+
+    run = altered(corpus, tmp_path / "run", named)
+    assert check(run, "train", enriched).clips == TRAIN  # clips without a source id are no leak
+    same = altered(enriched, tmp_path / "same", named)
+    assert check(run, "train", same).clips == TRAIN
+    leaking = altered(same, tmp_path / "leak", lambda table: with_one(table, "source_id", "freesound:test-0000000"))
+    told = refused(run, "train", leaking)
+    assert "(1 held out by source id), such as 'train-0000045'" in told
+    assert "test clip 'test-0000000'" in told
