@@ -32,6 +32,7 @@ lint: $(TEST_READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/prepare.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ask_ray needs Python 3.11 or newer; set PYTHON")'

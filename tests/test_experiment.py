@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 
 from ask_ray import experiment, inspection, report
 from ask_ray.config import Settings, SettingsError, load
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.prepare import prepare
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint
@@ -308,6 +310,36 @@ def test_what_cannot_work_is_refused_before_anything_is_made(ray_session: None, 
     with pytest.raises(SettingsError, match=told):
         experiment.run(settings, quiet())
     assert not (home / "runs" / "refused").exists()
+
+
+def test_public_corpora_are_trained_on_once_what_is_evaluated_is_out_of_the_knowledge_base(
+    ray_session: None, trees: dict[str, Path], tmp_path: Path
+) -> None:
+    """Clotho with WavCaps in the knowledge base, which has a sound that Clotho is evaluated on."""
+    clotho = {"corpus": "clotho", "max_rejected": 0.3, "clotho": {"path": str(trees["clotho"])}}
+    wavcaps = {"corpus": "wavcaps", "max_rejected": 0.3, "wavcaps": {"path": str(trees["wavcaps"])}}
+    run = prepare(settings_of(tmp_path, data=clotho).data)
+    leaking = prepare(settings_of(tmp_path, data=wavcaps).data)
+    guarded = prepare(settings_of(tmp_path, data={**wavcaps, "held_out": [str(run.folder)]}).data)
+
+    def settings(source: Corpus) -> Settings:
+        return settings_of(
+            tmp_path,
+            run={"name": "clotho"},
+            data=clotho,
+            ask={"neighbours": 3, "prototypes": 4},
+            knowledge={"sources": ["train", str(source.folder)], "drift_probe": 4, "refresh": {"warmup_epochs": 0}},
+            training={"batch_size": 3, "epochs": 2, "evaluate_every": 1},
+        )
+
+    with pytest.raises(SettingsError, match=r"1 held out by source id\), such as 'FreeSound/3002'") as refusal:
+        experiment.run(settings(leaking), quiet())
+    assert f"--data.held_out '[{run.folder}]'" in str(refusal.value)
+    assert leaking.clips("train") == guarded.clips("train") + 1
+    result = experiment.run(settings(guarded), quiet())
+    assert result["steps"] == 4
+    assert result["final"]["t2a"]["n"] == 3
+    assert {row["entries"] for row in result["refreshes"]} == {run.clips("train") + guarded.clips("train")}
 
 
 def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: Path) -> None:

@@ -125,6 +125,20 @@ def test_names_are_sorted_and_of_this_folder_only(tmp_path):
     assert folder.names() == ["a", "b", "c", "inner"]
 
 
+def test_a_file_that_is_written_piece_by_piece_shows_when_it_is_whole(tmp_path):
+    folder = Folder.at(str(tmp_path / "new"))
+    with folder.writing("a.bin") as stream:
+        stream.write(b"one")
+        assert not folder.exists("a.bin")
+        stream.write(b"two")
+    assert folder.read("a.bin") == b"onetwo"
+    with pytest.raises(ZeroDivisionError), folder.writing("a.bin") as stream:
+        stream.write(b"other")
+        raise ZeroDivisionError
+    assert folder.read("a.bin") == b"onetwo"
+    assert folder.names() == ["a.bin"]
+
+
 def test_changed_is_the_time_of_the_last_write(tmp_path):
     folder = Folder.at(str(tmp_path))
     folder.write("a", b"")

@@ -1,5 +1,5 @@
 """Parquet files with the audio in them, as data sets are kept on the Hugging Face hub: listed without reading the audio, then
-read forward, a few recordings at a time."""
+read forward."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def parquet(settings: ParquetSettings) -> Listing:
 
 def recordings(path: Path, places: Sequence[int]) -> Iterator[BinaryIO | Path | UnusableClip]:
     """The recordings of rows of a file, in ascending order: their bytes, the file that is named instead of them, or why there is
-    neither. At most :data:`BATCH` are held at once.
+    neither. :data:`BATCH` are held at once, beside what Parquet needs to read them: where all of a column chunk is one page, as
+    in many such files, that is a row group.
     """
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         wanted = iter([*places, -1])
@@ -76,11 +77,11 @@ def _recording(path: Path, audio: dict[str, Any] | None) -> BinaryIO | Path | Un
 
 def _file_rows(path: Path, root: Path) -> Iterator[Row]:
     try:
-        file = pq.ParquetFile(path)
-        names = _columns(path, file.schema_arrow)
-        told = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
-        for place, row in enumerate(told):
-            yield _row(row, path, place, root)
+        with pq.ParquetFile(path) as file:
+            names = _columns(path, file.schema_arrow)
+            told = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
+            for place, row in enumerate(told):
+                yield _row(row, path, place, root)
     except (pa.ArrowException, OSError) as error:
         raise SettingsError(f"{SETTING}: {path} cannot be read: {error}") from error
 

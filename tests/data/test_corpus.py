@@ -9,6 +9,7 @@ import pytest
 from ask_ray.config import SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import SPLITS
+from ask_ray.storage import Folder, digest_bytes
 
 
 def test_a_folder_without_a_manifest_is_no_corpus(tmp_path):
@@ -23,6 +24,21 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(SettingsError, match=r"manifest\.json"):
         Corpus.open(str(tmp_path))
+
+
+def test_a_corpus_of_an_older_format_is_prepared_anew(small_corpus, tmp_path):
+    Folder.at(str(tmp_path)).write_json("manifest.json", small_corpus.manifest | {"format": 1})
+    with pytest.raises(SettingsError, match=r"format 1.*format 2: prepare it anew"):
+        Corpus.open(str(tmp_path))
+
+
+def test_identities_are_those_of_the_clips(small_corpus):
+    for split in SPLITS:
+        of = small_corpus.identities(split)
+        assert of.ids == small_corpus.ids(split)
+        assert of.source_ids == [None] * len(of.ids)
+        waveforms = small_corpus.waveforms(split, range(len(of.ids)))
+        assert of.digests == [digest_bytes(waveforms[place].tobytes()) for place in range(len(of.ids))]
 
 
 def test_an_unknown_split_is_refused(small_corpus):

@@ -201,7 +201,7 @@ def test_an_interrupted_run_is_completed_without_doing_finished_shards_again(rec
         lost = sorted((home / "clips").iterdir())[1]
         lost.unlink()
         (home / "manifest.json").unlink()
-        redone = {"manifest.json", f"clips/{lost.name}", f"rejected/{lost.name}", f"shards/{lost.stem}.json"}
+        redone = {"manifest.json", "card.md", f"clips/{lost.name}", f"rejected/{lost.name}", f"shards/{lost.stem}.json"}
         redone |= {"rejected/planning.parquet"} & set(before)
         assert home_of(prepare(data)) == home
         after = times(home)
