@@ -14,8 +14,9 @@ from rich.console import Console
 
 from ask_ray import experiment, inspection
 from ask_ray.config import Settings, load
+from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.prepare import prepare
+from ask_ray.data.prepare import prepare, write_shard
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.cache import Cache
 from ask_ray.knowledge.snapshot import Embeddings, Entries, SnapshotError, open_snapshot, publish
@@ -205,3 +206,17 @@ def test_a_corpus_that_may_only_be_read_is_enough(ray_session, s3, tmp_path):
         patch.setattr(Folder, "write", lambda *_: pytest.fail("written to"))
         assert prepare(data).manifest == made.manifest
     assert Corpus.open(made.folder.uri).clips("train") == 96
+
+
+def test_a_shard_is_the_same_on_s3_and_a_local_folder(s3, tmp_path):
+    data = settings_of("runs", "prepared", tmp_path).data
+    source = source_of(data)
+    shard = source.shards()[0]
+    there, here = Folder.at(s3.uri(f"bucket/{tmp_path.name}")), Folder.at(str(tmp_path))
+    assert write_shard(source, shard, there) == write_shard(source, shard, here)
+    for folder, name in (
+        ("clips", f"{shard.name}.parquet"),
+        ("rejected", f"{shard.name}.parquet"),
+        ("shards", f"{shard.name}.json"),
+    ):
+        assert (there / folder).read(name) == (here / folder).read(name)
