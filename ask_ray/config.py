@@ -21,6 +21,12 @@ PRESETS = Path(__file__).parent / "presets"
 #: Resources that every node of a Ray cluster may have.
 OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
+#: Towers by name; any other of the transformers library is `HF` and its folder or hub id.
+AUDIO_TOWERS = ("tiny", "resnet38", "ced-tiny", "ced-mini", "ced-small", "ced-base")
+TEXT_TOWERS = ("tiny", "bert", "roberta", "sonar")
+HF = "hf:"
+
+Pooling = Literal["mean", "max", "first", "pooler"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -160,15 +166,36 @@ class DataSettings(Section):
     parquet: ParquetSettings = ParquetSettings()
 
 
+def _tower(names: Sequence[str]) -> str:
+    """The pattern of what names a tower."""
+    return rf"^({'|'.join(names)}|{HF}\S.*)$"
+
+
 class ModelSettings(Section):
     """The two towers and the space they share."""
 
-    audio: Literal["tiny", "resnet38"] = Field("tiny", description="audio tower")
-    text: Literal["tiny", "bert"] = Field("tiny", description="text tower")
-    audio_weights: str | None = Field(None, description="published weights of the audio tower: a file. Unset: from scratch")
+    audio: str = Field(
+        "tiny",
+        pattern=_tower(AUDIO_TOWERS),
+        description=f"audio tower: {', '.join(AUDIO_TOWERS)}, or {HF}PATH-OR-ID, any audio model of the transformers library",
+    )
+    text: str = Field(
+        "tiny",
+        pattern=_tower(TEXT_TOWERS),
+        description=f"text tower: {', '.join(TEXT_TOWERS)}, or {HF}PATH-OR-ID, any text model of the transformers library",
+    )
+    audio_weights: str | None = Field(
+        None,
+        description="published weights of the audio tower: a file, for the CEDs also a folder or hub id. Unset: from scratch",
+    )
     text_weights: str | None = Field(
         None, description="published weights of the text tower: a folder or hub id. Unset: from scratch"
     )
+    audio_pooling: Pooling = Field(
+        "mean", description=f"how an {HF} audio tower's frames become one vector; pooler: the model's own pooled output"
+    )
+    text_pooling: Pooling = Field("mean", description=f"how an {HF} text tower's tokens become one vector")
+    language: str = Field("eng_Latn", min_length=1, description="sonar: the captions' language, as its tokeniser calls it")
     dim: int = Field(128, ge=2, le=4096, description="d, the width of the shared embedding space")
     width: float = Field(1.0, gt=0, le=4, description="scales the hidden widths of towers trained from scratch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the tiny towers and the projection heads")
@@ -475,7 +502,7 @@ def parser(description: str) -> ArgumentParser:
     ``--ask.rho 0.5`` win over all of them, wherever they stand. ``--print_config`` prints the tree that results.
     """
     made = _Parser(description=description, default_meta=False)
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    presets = ", ".join(sorted(_presets()))
     made.add_argument("--config", action="config", help=f"a YAML file of settings, or a preset: {presets}")
     for name, field in Settings.model_fields.items():
         made.add_argument(f"--{name}", type=field.annotation, default=field.default)
@@ -496,15 +523,19 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple
         made.error(describe(error))
 
 
+def _presets() -> dict[str, Path]:
+    """Presets by name."""
+    return {path.stem: path for path in PRESETS.glob("*.yaml")}
+
+
 def _ordered(words: Sequence[str]) -> list[str]:
     """The words with every ``--config`` first, so that dotted arguments win, and presets as their files."""
-    configs, others = [], []
+    configs, others, presets = [], [], _presets()
     rest = iter(words)
     for word in rest:
         flag, separator, value = word.partition("=")
         if flag == "--config" and (separator or (value := next(rest, ""))):
-            path = PRESETS / f"{value}.yaml"
-            configs.append(f"--config={path if value.isidentifier() and path.exists() else value}")
+            configs.append(f"--config={presets.get(value, value)}")
         else:
             others.append(word)
     return configs + others

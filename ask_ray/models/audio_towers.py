@@ -90,6 +90,14 @@ def positions(size: int, width: int, device: torch.device) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
+def normalised(norm: nn.BatchNorm2d, features: Tensor, frames: Tensor) -> Tensor:
+    """Mel bands normed over the frames that belong to clips; zero elsewhere. (B, T, M) and (B,) -> (B, T, M)."""
+    mask = valid(frames, features.shape[1])
+    out = torch.zeros_like(features)
+    out[mask] = norm(features[mask][:, :, None, None])[:, :, 0, 0]
+    return out
+
+
 class _Spectrum(NamedTuple):
     """A padded spectrogram (B, C, T, F) and the frames (B,) of each clip."""
 
@@ -140,7 +148,7 @@ class ResNet38(AudioTower):
         # Clips are silenced at their own length here, because they count as `least` samples long from now on.
         waveforms = waveforms * valid(lengths, waveforms.shape[1])
         features, frames = self.front(waveforms, lengths.clamp(min=least))
-        x = _Spectrum(self.augment(self._normalise(features, frames))[:, None], frames)
+        x = _Spectrum(self.augment(normalised(self.bn0, features, frames))[:, None], frames)
         x = self._drop(self.conv_block1(x).halved(), 0.2)
         x = self._drop(self.resnet(x).halved(), 0.2)
         x = self._drop(self.conv_block_after1(x), 0.2)
@@ -148,13 +156,6 @@ class ResNet38(AudioTower):
         pooled = masked_mean(over_time, mask) + masked_max(over_time, mask)
         pooled = functional.dropout(pooled, 0.5, self.training)
         return functional.relu(self.fc1(pooled))
-
-    def _normalise(self, features: Tensor, frames: Tensor) -> Tensor:
-        """bn0, the norm of each mel band, over the frames that belong to clips. (B, T, M) -> (B, T, M)."""
-        mask = valid(frames, features.shape[1])
-        out = torch.zeros_like(features)
-        out[mask] = self.bn0(features[mask][:, :, None, None])[:, :, 0, 0]
-        return out
 
     def _drop(self, x: _Spectrum, share: float) -> _Spectrum:
         return _Spectrum(functional.dropout(x.x, share, self.training), x.frames)

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from ask_ray.config import ModelSettings, SettingsError
-from ask_ray.data.frontend import PANNS_MEL, TINY_MEL
+from ask_ray.config import HF, ModelSettings, SettingsError
+from ask_ray.data.frontend import TINY_MEL
+from ask_ray.models import ced, text_towers
 from ask_ray.models.audio_towers import AudioTower, ResNet38, TinyAudio
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.models.text_towers import Bert, TextTower, TinyText
-from ask_ray.models.weights import fit, load_tensors
+from ask_ray.models.hf_audio import HfAudio
+from ask_ray.models.text_towers import TextTower, TinyText
+from ask_ray.models.weights import fit, load_tensors, published_tensors
 
 
-def _tiny_audio(model: ModelSettings, sample_rate: int) -> AudioTower:
-    if model.audio_weights is not None:
-        raise SettingsError("model.audio_weights: the tiny audio tower has no published weights; set model.audio")
-    return TinyAudio(sample_rate, model.width, model.dropout, model.freq_mask, model.time_mask)
-
-
-def _resnet38(model: ModelSettings, sample_rate: int) -> AudioTower:
-    if sample_rate != PANNS_MEL.sample_rate:
-        raise SettingsError(
-            f"data.sample_rate is {sample_rate} but model.audio=resnet38 hears {PANNS_MEL.sample_rate} Hz: "
-            f"set data.sample_rate={PANNS_MEL.sample_rate} and prepare the corpus again"
-        )
+def _resnet38(model: ModelSettings) -> AudioTower:
     if model.audio_weights is None:
         return ResNet38(model.width, model.freq_mask, model.time_mask)
     tower = ResNet38(1.0, model.freq_mask, model.time_mask)
@@ -31,21 +20,51 @@ def _resnet38(model: ModelSettings, sample_rate: int) -> AudioTower:
     return tower
 
 
-def _tiny_text(model: ModelSettings) -> TextTower:
-    if model.text_weights is not None:
-        raise SettingsError("model.text_weights: the tiny text tower has no published weights; set model.text")
-    return TinyText(model.width, model.dropout, model.max_words)
+def _ced(model: ModelSettings) -> AudioTower:
+    size = model.audio.removeprefix("ced-")
+    if model.audio_weights is None:
+        return ced.Ced(size, model.width, model.freq_mask, model.time_mask)
+    tower = ced.Ced(size, 1.0, model.freq_mask, model.time_mask)
+    tensors = ced.published_names(published_tensors(model.audio_weights))
+    fit(tower, tensors, ced.Ced.IGNORE, f"model.audio_weights: {model.audio_weights}")
+    return tower
 
 
-def _bert(model: ModelSettings) -> TextTower:
-    return Bert(model.text_weights, model.width, model.max_words)
+def audio_tower(model: ModelSettings, sample_rate: int) -> AudioTower:
+    """The tower that `model.audio` names, for waveforms of `sample_rate` Hz; errors as for :func:`build`."""
+    if model.audio == "tiny":
+        _no_weights("audio", model.audio, model.audio_weights)
+        return TinyAudio(sample_rate, model.width, model.dropout, model.freq_mask, model.time_mask)
+    if model.audio.startswith(HF):
+        _no_weights("audio", model.audio, model.audio_weights)
+        tower: AudioTower = HfAudio(model.audio.removeprefix(HF), model.audio_pooling)
+    else:
+        tower = _resnet38(model) if model.audio == "resnet38" else _ced(model)
+    if tower.sample_rate != sample_rate:
+        raise SettingsError(
+            f"data.sample_rate is {sample_rate} but model.audio={model.audio} hears {tower.sample_rate} Hz: "
+            f"set data.sample_rate={tower.sample_rate} and prepare the corpus again"
+        )
+    return tower
 
 
-#: Audio towers by the name that `model.audio` gives: settings and the corpus's rate in Hz to a tower.
-AUDIO_TOWERS: dict[str, Callable[[ModelSettings, int], AudioTower]] = {"tiny": _tiny_audio, "resnet38": _resnet38}
+def text_tower(model: ModelSettings) -> TextTower:
+    """The tower that `model.text` names; errors as for :func:`build`."""
+    if model.text == "tiny":
+        _no_weights("text", model.text, model.text_weights)
+        return TinyText(model.width, model.dropout, model.max_words)
+    if model.text.startswith(HF):
+        _no_weights("text", model.text, model.text_weights)
+        return text_towers.any_text(model.text.removeprefix(HF), model.text_pooling, model.max_words)
+    if model.text_weights is None:
+        return text_towers.from_scratch(model.text, model.width, model.max_words)
+    return text_towers.published(model.text, model.text_weights, model.max_words, model.language)
 
-#: Text towers by the name that `model.text` gives.
-TEXT_TOWERS: dict[str, Callable[[ModelSettings], TextTower]] = {"tiny": _tiny_text, "bert": _bert}
+
+def _no_weights(side: str, name: str, weights: str | None) -> None:
+    if weights is not None:
+        why = "names its weights itself" if name.startswith(HF) else "has no published weights"
+        raise SettingsError(f"model.{side}_weights is {weights}, but model.{side}={name} {why}: unset one of them")
 
 
 def build(model: ModelSettings, sample_rate: int) -> DualEncoder:
@@ -61,6 +80,4 @@ def build(model: ModelSettings, sample_rate: int) -> DualEncoder:
     """
     if model.freq_mask > TINY_MEL.mels:
         raise SettingsError(f"model.freq_mask is {model.freq_mask} but features have {TINY_MEL.mels} mels: lower it")
-    audio = AUDIO_TOWERS[model.audio](model, sample_rate)
-    text = TEXT_TOWERS[model.text](model)
-    return DualEncoder(audio, text, model.dim, model.dropout, model.temperature)
+    return DualEncoder(audio_tower(model, sample_rate), text_tower(model), model.dim, model.dropout, model.temperature)

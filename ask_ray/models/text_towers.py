@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ask_ray.config import SettingsError
 from ask_ray.models.pooling import masked_mean
-from ask_ray.models.weights import WeightsError, few
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_tokenizer, settle
+from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
-    from transformers import BertModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# transformers takes seconds to import, which every Ray worker would pay: only what builds a BERT imports it.
+# transformers takes seconds to import, which every Ray worker would pay: only what builds such a tower imports it.
 
 WORDS = re.compile(r"\w+")
 
@@ -45,6 +47,9 @@ class HashedWords:
     Every process, on every machine, gives a word the same id. Two words may share one; among `vocabulary` ids, n words
     make about n² / (2 `vocabulary`) such pairs. Id 0 pads; id 1 begins every caption, so an empty one has a token too.
     """
+
+    #: The vocabulary of towers that are as large as the published ones; BERT's.
+    USUAL = 30522
 
     def __init__(self, vocabulary: int, max_words: int) -> None:
         self.vocabulary = vocabulary
@@ -99,60 +104,136 @@ class TinyText(TextTower):
         return masked_mean(self.layers(x, src_key_padding_mask=~mask), mask)
 
 
-class Bert(TextTower):
-    """BERT (Devlin et al. 2019), mean-pooled: published, with its tokeniser, or from scratch on hashed words."""
+class Transformer(TextTower):
+    """An encoder of the transformers library over the tokens of its tokeniser, pooled over each caption's own."""
 
-    def __init__(self, weights: str | None, width: float, max_words: int) -> None:
-        """`weights` is a local folder or hub id with a tokeniser and safetensors; unset, `width` scales BERT-base.
-
-        Raises:
-            WeightsError: if the weights cannot be had, are not BERT's, or take fewer than `max_words` tokens.
-        """
-        from transformers import BertConfig, BertModel
-
+    def __init__(
+        self, encoder: PreTrainedModel, tokenise: Callable[[Sequence[str]], tuple[Tensor, Tensor]], pooling: str = "mean"
+    ) -> None:
+        """For `pooling` see :func:`ask_ray.models.pretrained.pooled`."""
         super().__init__()
-        if weights is None:
-            heads = max(1, round(12 * width))
-            config = BertConfig(hidden_size=64 * heads, num_attention_heads=heads, intermediate_size=256 * heads)
-            self.tokenise = HashedWords(config.vocab_size, max_words)
-            self.bert = BertModel(config, add_pooling_layer=False)
-        else:
-            tokenizer, self.bert = published_bert(weights, max_words)
-            self.tokenise = PublishedTokens(tokenizer, max_words)
-        self.width = self.bert.config.hidden_size
+        self.encoder = encoder
+        self.tokenise = tokenise
+        self.pooling = pooling
+        self.width = encoder.config.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :meth:`TextTower.forward`."""
-        return masked_mean(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        return pooled(self.encoder(input_ids=ids, attention_mask=mask), mask, self.pooling)
 
 
-def published_bert(weights: str, max_words: int) -> tuple[PreTrainedTokenizerBase, BertModel]:
-    """Tokeniser and model, in training mode, from a local folder or the Hugging Face hub; safetensors only.
+def from_scratch(family: str, width: float, max_words: int) -> Transformer:
+    """A `bert`, `roberta` or `sonar` with random weights on hashed words, its number of heads scaled by `width`."""
+    kind, config = _architecture(family, width)
+    encoder = kind(config, **_options(family))
+    return Transformer(encoder, HashedWords(config.vocab_size, max_words))
+
+
+def published(family: str, weights: str, max_words: int, language: str) -> Transformer:
+    """A `bert` (Devlin et al. 2019), `roberta` (Liu et al. 2019) or `sonar` (Duquenne et al. 2023) with its tokeniser.
+
+    Args:
+        weights: a local folder or hub id with a tokeniser and safetensors.
+        language: the captions' language, as `sonar`'s tokeniser calls it; the others take none.
 
     Raises:
-        WeightsError: see :class:`Bert`.
+        WeightsError: if the weights cannot be had, are another model's, or take fewer than `max_words` tokens.
+        SettingsError: if the tokeniser lacks the language.
     """
-    from transformers import AutoConfig, AutoTokenizer, BertModel
+    origin = Origin.of(weights, "model.text_weights")
+    config = read_config(origin)
+    kind, usual = _architecture(family, 1.0)
+    if config.model_type != usual.model_type:
+        raise WeightsError(f"{origin} is a {config.model_type} model; give {family}'s weights, a {usual.model_type} model")
+    tokenizer = read_tokenizer(origin)
+    if family == "sonar":
+        _speak(tokenizer, language, config.vocab_size, origin)
+    return _pretrained(kind, config, tokenizer, max_words, "mean", origin, **_options(family))
 
-    try:
-        config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
-        if config.model_type != "bert":
-            raise WeightsError(f"model.text_weights: {weights} is a {config.model_type} model; give a BERT model")
-        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
-        model, report = BertModel.from_pretrained(
-            weights, add_pooling_layer=False, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+
+def any_text(name: str, pooling: str, max_words: int) -> Transformer:
+    """Any text model of the transformers library, from a local folder or the hub; of two stacks, the encoder.
+
+    Raises:
+        WeightsError: if it cannot be had, cannot be pooled so, or takes fewer than `max_words` tokens.
+    """
+    from transformers import AutoModel
+
+    origin = Origin.of(name, "model.text")
+    return _pretrained(AutoModel, read_config(origin), read_tokenizer(origin), max_words, pooling, origin)
+
+
+def _pretrained(
+    kind: Any,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_words: int,
+    pooling: str,
+    origin: Origin,
+    **options: Any,
+) -> Transformer:
+    """The tower of published weights, in training mode."""
+    most = _positions(config)
+    if most is not None and max_words > most:
+        raise WeightsError(f"{origin} takes {most} tokens; lower model.max_words")
+    model, lacking = read_model(kind, config, origin, "text_model", **options)
+    tower = Transformer(model, PublishedTokens(tokenizer, max_words), pooling).eval()
+    with torch.enable_grad():
+        settle(model, tower(*tower.tokenise(["a"])), lacking, origin)
+    return tower.train()
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model takes: RoBERTa and its kin begin to count after the number of their padding. None: any number."""
+    most = getattr(config, "max_position_embeddings", None)
+    kin = any(word in config.model_type for word in ("roberta", "camembert", "mpnet", "m2m_100"))
+    return most - config.pad_token_id - 1 if most is not None and kin else most
+
+
+def _speak(tokenizer: PreTrainedTokenizerBase, language: str, vocabulary: int, origin: Origin) -> None:
+    """Make a tokeniser mark captions as of a language.
+
+    Raises:
+        SettingsError: if it has no such code.
+    """
+    known = {
+        code: number for code, number in tokenizer.get_added_vocab().items() if re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", code)
+    }
+    if known.get(language, vocabulary) >= vocabulary:
+        near = difflib.get_close_matches(language, sorted(known), 4, 0.3) or sorted(known)[:4]
+        raise SettingsError(f"model.language: {origin.name} has no language {language}; it has, among others, {', '.join(near)}")
+    tokenizer.src_lang = language
+
+
+def _options(family: str) -> dict[str, bool]:
+    """What a family's class is told beside its configuration."""
+    return {} if family == "sonar" else {"add_pooling_layer": False}
+
+
+def _architecture(family: str, width: float) -> tuple[Any, PretrainedConfig]:
+    """The class of a family and its usual configuration, with the number of heads scaled; padding is token 0."""
+    from transformers import BertConfig, BertModel, M2M100Config, RobertaConfig, RobertaModel
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+    heads = max(1, round((16 if family == "sonar" else 12) * width))
+    if family == "sonar":
+        config = M2M100Config(
+            vocab_size=HashedWords.USUAL,
+            d_model=64 * heads,
+            encoder_layers=24,
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=512 * heads,
+            encoder_layerdrop=0.0,
+            max_position_embeddings=514,
+            pad_token_id=0,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"model.text_weights: {weights} could not be loaded ({reason}); where the hub cannot be reached, give a "
-            "local folder with config.json, the tokeniser's files and model.safetensors"
-        ) from error
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lacking:
-        raise WeightsError(f"model.text_weights: {weights} does not fit BERT: {len(lacking)} missing: {few(lacking)}")
-    if max_words > config.max_position_embeddings:
-        raise WeightsError(f"model.text_weights: {weights} takes {config.max_position_embeddings} tokens; lower model.max_words")
-    return tokenizer, model.train()
+        return M2M100Encoder, config
+    kind, make = (BertModel, BertConfig) if family == "bert" else (RobertaModel, RobertaConfig)
+    return kind, make(
+        vocab_size=HashedWords.USUAL,
+        hidden_size=64 * heads,
+        num_attention_heads=heads,
+        intermediate_size=256 * heads,
+        max_position_embeddings=514 if family == "roberta" else 512,
+        pad_token_id=0,
+    )

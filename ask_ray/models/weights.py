@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -11,6 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+#: Endings of PyTorch's own checkpoints.
+CHECKPOINTS = (".pth", ".pt", ".bin")
+#: What a model on the Hugging Face hub is called.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+#: The files of a model that are read: never code, pickles, or other frameworks' weights.
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+#: Seconds that the hub may take to say which version of a model it has.
+HUB_PATIENCE = 5.0
 
 
 class WeightsError(ValueError):
@@ -22,6 +34,61 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
     return next((name for name, of in state.items() if of.is_floating_point() and not bool(torch.isfinite(of).all())), None)
 
 
+def folder_of(weights: str, setting: str) -> Path:
+    """The local folder of published weights: `weights` itself, or its copy of a model on the Hugging Face hub.
+
+    Where the hub does not answer, the copy made before is taken.
+
+    Raises:
+        WeightsError: if there is neither; `setting` is what named them.
+    """
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(weights):
+        raise WeightsError(f"{setting}: {weights} is neither a folder nor the id of a model on the hub; give a local folder")
+    from huggingface_hub.errors import HTTPError  # takes a second to import, which every Ray worker would pay
+
+    try:
+        return _from_hub(weights)
+    except (HTTPError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{setting}: {weights} is no folder, and could not be had from the hub ({first_line(error)}); where the hub "
+            "cannot be reached, give a local folder with the model's config.json and safetensors (and a tokeniser's files)"
+        ) from error
+
+
+def _from_hub(name: str) -> Path:
+    """The newest version of a model, or the copy made before where the hub does not tell which that is."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        version = HfApi().model_info(name, timeout=HUB_PATIENCE).sha
+    except (HTTPError, OfflineModeIsEnabled):
+        with contextlib.suppress(OSError, ValueError):
+            return Path(snapshot_download(name, local_files_only=True, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        raise
+    return Path(snapshot_download(name, revision=version, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+
+
+def published_tensors(weights: str, setting: str = "model.audio_weights") -> dict[str, Tensor]:
+    """Tensors by name of a file, of a local folder's `model.safetensors` or `pytorch_model.bin`, or of a model on the hub.
+
+    Raises:
+        WeightsError: as :func:`load_tensors` and :func:`folder_of`.
+    """
+    path = Path(weights).expanduser()
+    if path.is_file() or path.suffix in CHECKPOINTS:
+        return load_tensors(path, setting)
+    folder = folder_of(weights, setting)
+    names = ("model.safetensors", "pytorch_model.bin")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise WeightsError(f"{setting}: {folder} holds neither {' nor '.join(names)}; give the folder of published weights")
+    return load_tensors(found[0], setting)
+
+
 def load_tensors(path: str | Path, setting: str = "model.audio_weights") -> dict[str, Tensor]:
     """Tensors by name from a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin), on the CPU.
 
@@ -31,18 +98,18 @@ def load_tensors(path: str | Path, setting: str = "model.audio_weights") -> dict
     Raises:
         WeightsError: if the file is missing, of another kind, damaged or unsafe; `setting` is what named it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"{setting}: {path} is not a file; download the weights and give the file's path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix not in (".pth", ".pt", ".bin"):
+        if path.suffix not in CHECKPOINTS:
             raise WeightsError(f"{setting}: {path} is no weights file; give a .safetensors, .pth, .pt or .bin file")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, BadZipFile, KeyError) as error:
         raise WeightsError(
-            f"{setting}: {path} cannot be read as plain tensors ({_first_line(error)}); download it again, "
+            f"{setting}: {path} cannot be read as plain tensors ({first_line(error)}); download it again, "
             "or convert it to .safetensors if it comes from a source you trust"
         ) from error
     for key in ("model", "state_dict"):
@@ -82,6 +149,6 @@ def few(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the advice PyTorch appends about loading the file unsafely."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice that libraries append, such as PyTorch's on loading the file unsafely."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
