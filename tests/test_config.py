@@ -9,7 +9,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ask_ray.config import PRESETS, Settings, SettingsError, flat, load, parse, parser
+from ask_ray.config import AUDIO_TOWERS, PRESETS, TEXT_TOWERS, Settings, SettingsError, flat, load, parse, parser
 
 # Values just outside what each numeric field allows.
 OUTSIDE = {
@@ -130,6 +130,15 @@ WRONG_TYPES = [
     ("ask.enabled", "perhaps"),
     ("data.corpus", "musiccaps"),
     ("model.audio", 3),
+    ("model.audio", "ced"),
+    ("model.audio", "ced-huge"),
+    ("model.audio", "bert"),
+    ("model.audio", "hf:"),
+    ("model.audio", "xhf:a"),
+    ("model.text", "hf: a"),
+    ("model.text", "resnet38"),
+    ("model.audio_pooling", "median"),
+    ("model.language", ""),
     ("run.name", "a b"),
     ("run.name", ".hidden"),
     ("run.name", "../up"),
@@ -183,6 +192,9 @@ def values_of(name: str) -> st.SearchStrategy:
         return st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text("xyz-1é", max_size=4), max_size=2)
     if name == "knowledge.sources":
         return st.lists(st.sampled_from(["train", "s3://bucket/clotho", "a folder/ünïcode"]), min_size=1, unique=True)
+    if name in ("model.audio", "model.text"):
+        towers = AUDIO_TOWERS if name == "model.audio" else TEXT_TOWERS
+        return st.sampled_from([*towers, "hf:org/a model", "hf:/ünïcode/folder"])
     if name == "run.name":
         return st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)
     words = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).map(lambda text: f"/a {text}")
@@ -337,6 +349,24 @@ def test_the_paper_preset_holds_what_the_paper_reports():
     assert (refresh.policy, refresh.interval, refresh.mode, refresh.warmup_epochs) == ("fixed", 15, "sync", 0)
 
 
+@pytest.mark.parametrize("corpus", ["clotho", "audiocaps"])
+@pytest.mark.parametrize("towers", ["resnet38-bert", "ced-sonar"])
+def test_the_presets_of_the_papers_systems(corpus, towers):
+    made = read("--config", f"{corpus}-{towers}")
+    ask, refresh, model = made.ask, made.knowledge.refresh, made.model
+    assert (ask.rho, ask.beta, ask.neighbours, ask.prototypes, ask.negatives) == (0.2, 0.2, 10, 512, "none")
+    assert (refresh.policy, refresh.unit, refresh.interval, refresh.mode) == ("fixed", "epochs", 15, "sync")
+    assert made.training.epochs > 15
+    assert made.data.max_seconds == {"clotho": 30, "audiocaps": 10}[corpus]
+    assert made.knowledge.captions_per_clip == {"clotho": 5, "audiocaps": 1}[corpus]
+    assert (model.audio, model.text) == {"resnet38-bert": ("resnet38", "bert"), "ced-sonar": ("ced-base", "sonar")}[towers]
+    assert made.data.sample_rate == {"resnet38-bert": 32000, "ced-sonar": 16000}[towers]
+    assert None not in (model.audio_weights, model.text_weights)
+    assert (model.dim, model.temperature) == (1024, 0.07)
+    training = (made.training.batch_size, made.training.workers, made.training.learning_rate, made.training.weight_decay)
+    assert training == {"resnet38-bert": (64, 1, 1e-4, 0), "ced-sonar": (128, 1, 5e-5, 0)}[towers]
+
+
 def test_the_ntxent_preset_changes_nothing_but_the_method():
     given = flat(read("--config=ntxent").model_dump())
     default = flat(Settings().model_dump())
@@ -346,10 +376,12 @@ def test_the_ntxent_preset_changes_nothing_but_the_method():
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_every_preset_loads_and_is_named_by_help(preset, capsys):
     assert read("--config", preset) == load((PRESETS / f"{preset}.yaml").read_text())
-    with pytest.raises(SystemExit) as stop:
-        read("--help")
-    assert stop.value.code == 0
-    assert preset in capsys.readouterr().out
+    for words in (["--help"], ["--config", preset, "--print_config"]):
+        with pytest.raises(SystemExit) as stop:
+            read(*words)
+        assert stop.value.code == 0
+        told = capsys.readouterr().out
+        assert preset in told if words == ["--help"] else load(told) == read("--config", preset)
 
 
 def test_a_preset_that_does_not_exist_is_refused(capsys):

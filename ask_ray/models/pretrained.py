@@ -123,8 +123,8 @@ def _read(reader: Callable[..., Any], origin: Origin, **options: Any) -> Any:
             return reader(origin.folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise WeightsError(
-            f"{origin} could not be loaded ({first_line(error)}); give a local folder with config.json, model.safetensors and the "
-            "files of its tokeniser or feature extractor"
+            f"{origin} could not be loaded ({first_line(error)}); give a local folder with config.json, model.safetensors and "
+            "the files of its tokeniser or feature extractor"
         ) from error
 
 

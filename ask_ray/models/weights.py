@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-
 #: Endings of PyTorch's own checkpoints.
 CHECKPOINTS = (".pth", ".pt", ".bin")
 #: What a model on the Hugging Face hub is called.

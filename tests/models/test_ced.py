@@ -36,7 +36,12 @@ def reference(tower: Ced, wave: Tensor) -> Tensor:
     x = nn.functional.conv2d(x[:, None], weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=16)
     x = x + weights["time_pos_embed"][..., : x.shape[-1]] + weights["freq_pos_embed"]
     x = x.flatten(2).transpose(1, 2)
-    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2."}
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.fc1.",
+        "linear2.": "mlp.fc2.",
+    }
     names |= {"norm1.": "norm1.", "norm2.": "norm2."}
     for number in range(DEPTH):
         block = nn.TransformerEncoderLayer(

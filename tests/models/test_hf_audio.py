@@ -70,7 +70,10 @@ def test_the_window_of_ast_is_what_its_extractor_keeps() -> None:
     extractor = ASTFeatureExtractor(max_length=64, do_normalize=False)
     longest = window(extractor)
     assert longest is not None
-    frames = [extractor(noise(size).numpy(), sampling_rate=16000, return_tensors="pt")["input_values"] for size in (longest, longest - 1)]
+    frames = [
+        extractor(noise(size).numpy(), sampling_rate=16000, return_tensors="pt")["input_values"]
+        for size in (longest, longest - 1)
+    ]
     assert [int((found[0].abs().sum(1) > 0).sum()) for found in frames] == [64, 63]
 
 
@@ -99,7 +102,9 @@ def test_weights_that_lack_layers_or_have_other_shapes_are_refused(models, tmp_p
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
-    with pytest.raises(WeightsError, match=r"4 missing or differently.*\(32,\) instead of \(24,\)|\(16, 32\) instead of \(16, 24\)"):
+    with pytest.raises(
+        WeightsError, match=r"4 missing or differently.*\(32,\) instead of \(24,\)|\(16, 32\) instead of \(16, 24\)"
+    ):
         HfAudio(str(folder), "mean")
 
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
-from ask_ray.models.text_towers import Bert, HashedWords, TextTower, TinyText
+from ask_ray.config import SettingsError
+from ask_ray.models.text_towers import HashedWords, TinyText, Transformer, any_text, from_scratch, published
 from ask_ray.models.weights import WeightsError
 
 CAPTIONS = ["", "a dog barks", "Rain falls, then a siren wails and a man speaks", "a siren wails, then rain falls"]
@@ -23,9 +23,11 @@ def tiny() -> TinyText:
     return TinyText(0.5, 0.1, 12)
 
 
-def bert() -> Bert:
+def bert(weights: object = None, max_words: int = 8) -> Transformer:
     torch.manual_seed(0)
-    return Bert(None, 0.08, 12)
+    if weights is None:
+        return from_scratch("bert", 0.08, 12)
+    return published("bert", str(weights), max_words, "eng_Latn")
 
 
 @pytest.fixture
@@ -68,17 +70,6 @@ def test_every_process_gives_a_word_the_same_id() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny, bert])
-def test_a_batch_gives_what_its_captions_give_one_by_one(make) -> None:
-    tower = make().eval()
-    with torch.no_grad():
-        together = tower(*tower.tokenise(CAPTIONS))
-        alone = torch.cat([tower(*tower.tokenise([caption])) for caption in CAPTIONS])
-    assert together.shape == (len(CAPTIONS), tower.width)
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    assert torch.pdist(together).min() > 1e-3
-
-
-@pytest.mark.parametrize("make", [tiny, bert])
 def test_eval_repeats_itself_and_training_drops_out(make) -> None:
     tower = make().eval()
     tokens = tower.tokenise(CAPTIONS)
@@ -88,20 +79,12 @@ def test_eval_repeats_itself_and_training_drops_out(make) -> None:
         assert not torch.equal(tower(*tokens), tower(*tokens))
 
 
-@pytest.mark.parametrize("make", [tiny, bert])
-def test_gradients_reach_every_parameter(make) -> None:
-    tower: TextTower = make().train()
-    (tower(*tower.tokenise(CAPTIONS)) * torch.randn(4, tower.width)).sum().backward()
-    silent = [name for name, parameter in tower.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert silent == []
-
-
 def test_width_scales_the_tiny_tower() -> None:
     assert [TinyText(width, 0.0, 8).width for width in (0.01, 0.5, 1.0, 2.0)] == [8, 64, 128, 256]
 
 
 def test_published_bert_loads_from_a_folder(folder: Path) -> None:
-    tower = Bert(str(folder), 4.0, 8)
+    tower = bert(folder)
     assert tower.training
     assert all(module.training for module in tower.modules())
     assert tower.width == 16
@@ -117,44 +100,122 @@ def test_published_bert_loads_from_a_folder(folder: Path) -> None:
 
 
 def test_an_empty_caption_has_tokens_for_published_bert(folder: Path) -> None:
-    tower = Bert(str(folder), 1.0, 8).eval()
+    tower = bert(folder).eval()
     assert tower(*tower.tokenise([""])).isfinite().all()
 
 
-def test_published_weights_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def test_published_weights_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for weights in (str(tmp_path / "gone"), str(tmp_path / "empty"), "nobody/no-such-model", "no such id"):
+    for weights in (tmp_path / "gone", tmp_path / "empty", "nobody/no-such-model", "no such id"):
         with pytest.raises(WeightsError, match=r"model\.text_weights: .*give a local folder"):
-            Bert(weights, 1.0, 8)
+            bert(weights)
 
 
 def test_damaged_partial_and_pickled_weights_are_refused(folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:200])
     with pytest.raises(WeightsError, match="could not be loaded"):
-        Bert(str(folder), 1.0, 8)
+        bert(folder)
     (folder / "model.safetensors").unlink()
     torch.save(BertModel(BertConfig.from_pretrained(folder)).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        Bert(str(folder), 1.0, 8)
+        bert(folder)
 
 
 def test_weights_of_another_shape_or_model_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(WeightsError, match=r"missing: encoder\.layer\.2"):
-        Bert(str(folder), 1.0, 8)
+    with pytest.raises(WeightsError, match=r"16 missing or differently shaped: encoder\.layer\.2\.att"):
+        bert(folder)
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
-    with pytest.raises(WeightsError, match=r"model\.text_weights"):
-        Bert(str(folder), 1.0, 8)
+    with pytest.raises(WeightsError, match=r"encoder\.layer\.0\.intermediate\.dense\.bias \(32,\) instead of \(24,\)"):
+        bert(folder)
     RobertaModel(RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(folder)
-    with pytest.raises(WeightsError, match="is a roberta model; give a BERT model"):
-        Bert(str(folder), 1.0, 8)
+    with pytest.raises(WeightsError, match="is a roberta model; give bert's weights"):
+        bert(folder)
 
 
 def test_too_many_words_for_published_bert_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["max_position_embeddings"] == 512
     with pytest.raises(WeightsError, match=r"takes 512 tokens; lower model\.max_words"):
-        Bert(str(folder), 1.0, 513)
+        bert(folder, 513)
+
+
+def test_a_roberta_takes_two_tokens_fewer_than_it_has_positions(models) -> None:
+    published("roberta", str(models["roberta"]), 512, "eng_Latn").eval()
+    with pytest.raises(WeightsError, match=r"takes 512 tokens; lower model\.max_words"):
+        published("roberta", str(models["roberta"]), 513, "eng_Latn")
+
+
+def test_the_sizes_are_the_published_ones() -> None:
+    """BERT-base and RoBERTa-base without their vocabularies; SONAR is 1024 wide with 24 layers."""
+    with torch.device("meta"):
+        towers = {name: from_scratch(name, 1.0, 48) for name in ("bert", "roberta", "sonar")}
+    assert {name: tower.width for name, tower in towers.items()} == {"bert": 768, "roberta": 768, "sonar": 1024}
+    assert len(towers["sonar"].encoder.layers) == 24
+    assert towers["sonar"].encoder.layers[0].fc1.out_features == 8192
+    assert sum(parameter.numel() for parameter in towers["bert"].parameters()) == 108_891_648
+
+
+def test_sonar_marks_captions_with_their_language(models) -> None:
+    towers = {code: published("sonar", str(models["sonar"]), 24, code).eval() for code in ("eng_Latn", "deu_Latn")}
+    tokens = {code: tower.tokenise(["ein hund, bellt", "ö"]) for code, tower in towers.items()}
+    known = towers["deu_Latn"].tokenise.tokenizer.get_vocab()
+    for code, (ids, mask) in tokens.items():
+        assert ids[:, 0].tolist() == [known[code]] * 2
+        assert mask[1].tolist() == [True] * 4 + [False] * (ids.shape[1] - 4)
+    assert torch.equal(tokens["eng_Latn"][0][:, 1:], tokens["deu_Latn"][0][:, 1:])
+    with torch.no_grad():
+        made = [towers[code](*tokens[code]) for code in towers]
+        hidden = towers["deu_Latn"].encoder(tokens["deu_Latn"][0][1:, :4]).last_hidden_state[0]
+    assert (made[0] - made[1]).abs().max() > 1e-3
+    torch.testing.assert_close(made[1][1], hidden.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("code", "near"), [("deu", "deu_Latn"), ("xxx_Xxxx", "_Latn"), ("</s>", "_Latn"), ("a", "_Latn")])
+def test_a_language_that_sonars_tokeniser_lacks_is_refused(models, code: str, near: str) -> None:
+    with pytest.raises(SettingsError, match=rf"model\.language: .*no language {code}; it has, among others, .*{near}"):
+        published("sonar", str(models["sonar"]), 24, code)
+
+
+def test_a_real_pretrained_encoder_knows_what_captions_mean(minilm: str) -> None:
+    """Mean-pooled, as its authors do, and straight from the package that carries it."""
+    tower = any_text(minilm, "mean", 48).eval()
+    captions = ["A dog barks.", "A puppy is yapping.", "Rain falls on a tin roof.", "Water is pouring down on metal."]
+    tokens = tower.tokenise(captions)
+    with torch.no_grad():
+        made = torch.nn.functional.normalize(tower(*tokens), dim=1)
+        output = AutoModel.from_pretrained(minilm).eval()(
+            **AutoTokenizer.from_pretrained(minilm)(captions[1], return_tensors="pt")
+        )
+    assert made.shape == (4, 384)
+    wanted = torch.nn.functional.normalize(output.last_hidden_state[0].mean(0), dim=0)
+    torch.testing.assert_close(made[1], wanted, atol=1e-5, rtol=1e-5)
+    alike = made @ made.T
+    assert min(alike[0, 1], alike[2, 3]) > alike[:2, 2:].max() + 0.1
+
+
+@pytest.mark.parametrize("pooling", ["max", "first", "pooler"])
+def test_any_text_model_pools_as_it_is_told(models, pooling: str) -> None:
+    tower = any_text(str(models["bert"]), pooling, 8).eval()
+    ids, mask = tower.tokenise(["a dog barks", "rain"])
+    with torch.no_grad():
+        output = BertModel.from_pretrained(models["bert"]).eval()(input_ids=ids[1:, :3])
+        states = output.last_hidden_state[0]
+        wanted = {"max": states.amax(0), "first": states[0], "pooler": output.pooler_output[0]}[pooling]
+        torch.testing.assert_close(tower(ids, mask)[1], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_model_with_two_stacks_the_encoder_reads(models) -> None:
+    tower = any_text(str(models["bart"]), "mean", 24)
+    assert type(tower.encoder).__name__ == "BartEncoder"
+    with pytest.raises(SettingsError, match=r"model\.text_pooling.*choose mean"):
+        any_text(str(models["bart"]), "pooler", 24)
+
+
+def test_weights_under_other_names_than_the_models_are_refused(models) -> None:
+    with pytest.raises(
+        WeightsError, match=r"model\.text: .*does not fit M2M100Encoder: \d+ missing or differently shaped: embed_"
+    ):
+        any_text(str(models["sonar"]), "mean", 24)
