@@ -381,7 +381,10 @@ def test_every_preset_loads_and_is_named_by_help(preset, capsys):
             read(*words)
         assert stop.value.code == 0
         told = capsys.readouterr().out
-        assert preset in told if words == ["--help"] else load(told) == read("--config", preset)
+        if words == ["--help"]:  # which wraps its lines at hyphens too
+            assert preset in "".join(told.split())
+        else:
+            assert load(told) == read("--config", preset)
 
 
 def test_a_preset_that_does_not_exist_is_refused(capsys):

@@ -20,7 +20,7 @@ CHECKPOINTS = (".pth", ".pt", ".bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 #: The files of a model that are read: never code, pickles, or other frameworks' weights.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-#: Seconds that the hub may take to say which version of a model it has.
+#: Seconds that the hub may take to say whether it has a model.
 HUB_PATIENCE = 5.0
 
 
@@ -58,17 +58,17 @@ def folder_of(weights: str, setting: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """The newest version of a model, or the copy made before where the hub does not tell which that is."""
+    """The newest version of a model, or the copy made before where the hub does not answer."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
-        version = HfApi().model_info(name, timeout=HUB_PATIENCE).sha
+        HfApi().model_info(name, timeout=HUB_PATIENCE)
     except (HTTPError, OfflineModeIsEnabled):
         with contextlib.suppress(OSError, ValueError):
             return Path(snapshot_download(name, local_files_only=True, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
         raise
-    return Path(snapshot_download(name, revision=version, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
 
 
 def published_tensors(weights: str, setting: str = "model.audio_weights") -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(path)
-        if path == "/api/models/org/model":
+        if path in ("/api/models/org/model", "/api/models/org/model/revision/main"):
             self.answer(json.dumps({"id": "org/model", "sha": VERSION, "siblings": []}).encode())
         elif path == f"/api/models/org/model/tree/{VERSION}":
             files = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in self.files.items()]
