@@ -108,7 +108,8 @@ def read_model(
         output_loading_info=True,
         **options,
     )
-    part = getattr(whole, tower) if hasattr(whole, tower) else whole.get_encoder() if hasattr(whole, "decoder") else whole
+    two_stacks = whole.config.is_encoder_decoder and hasattr(whole, "decoder")
+    part = getattr(whole, tower) if hasattr(whole, tower) else whole.get_encoder() if two_stacks else whole
     path = next(name for name, module in whole.named_modules() if module is part)
     lacking = dict.fromkeys(report["missing_keys"], "")
     lacking |= {name: f" {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]}

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ask_ray.config import SettingsError
+
 #: Endings of PyTorch's own checkpoints.
 CHECKPOINTS = (".pth", ".pt", ".bin")
 #: What a model on the Hugging Face hub is called.
@@ -24,7 +26,7 @@ HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 HUB_PATIENCE = 5.0
 
 
-class WeightsError(ValueError):
+class WeightsError(SettingsError):
     """Published weights that cannot be read or do not fit. The message names them and what to do."""
 
 

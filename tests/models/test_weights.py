@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ask_ray.command import guarded
 from ask_ray.config import ModelSettings
 from ask_ray.models.audio_towers import ResNet38
 from ask_ray.models.registry import build
@@ -63,6 +64,13 @@ def test_missing_files_and_other_kinds_are_named(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="something else than tensors"):
         load_tensors(tmp_path / "w.pt")
+
+
+def test_a_job_tells_of_weights_that_are_not_there_without_a_traceback(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: build(ModelSettings(audio="ced-tiny", audio_weights="no such/weights"), 16000))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: model.audio_weights: no such/weights is neither a folder nor the id")
 
 
 def test_weights_that_do_not_fit_are_listed() -> None:
