@@ -56,13 +56,11 @@ class HfAudio(AudioTower):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """See :meth:`AudioTower.forward`."""
         clips = waveforms.detach().float().cpu()
-        pieces = [pieces_of(clip[:length], self.window, self.sample_rate) for clip, length in zip(clips, lengths, strict=True)]
-        owners = [clip for clip, parts in enumerate(pieces) for _ in parts]
+        pieces = [
+            pieces_of(clip[:length], self.window, self.sample_rate) for clip, length in zip(clips, lengths.tolist(), strict=True)
+        ]
         vectors = self._encode([part for parts in pieces for part in parts], waveforms.device)
-        shares = torch.zeros(len(pieces), len(owners), device=vectors.device)
-        for column, clip in enumerate(owners):
-            shares[clip, column] = 1 / len(pieces[clip])
-        return shares.to(vectors.dtype) @ vectors
+        return torch.stack([own.mean(0) for own in vectors.split([len(parts) for parts in pieces])])
 
     def _encode(self, parts: list[Tensor], device: torch.device) -> Tensor:
         """(n, width), a row for each waveform of at most a window."""
