@@ -62,6 +62,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     settings = _named(settings)
+    trainer.check_towers(settings)
     cluster.connect(settings)
     settings = cluster.fitted(settings)
     place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))

@@ -349,16 +349,17 @@ def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: 
         experiment.run(settings, quiet())
 
 
-def test_weights_that_do_not_fit_are_refused(ray_session: None, home: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_before_a_corpus_is_prepared(ray_session: None, tmp_path: Path) -> None:
     save_file({"conv9.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     settings = settings_of(
-        home,
+        tmp_path,
         run={"name": "refused"},
         model={"audio": "resnet38", "audio_weights": str(tmp_path / "other.safetensors")},
         data={"sample_rate": 32000},
     )
     with pytest.raises(WeightsError, match=r"model\.audio_weights.*conv9\.weight"):
         experiment.run(settings, quiet())
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
 @pytest.mark.parametrize("job", ["train", "prepare", "evaluate", "search"])

@@ -76,13 +76,21 @@ def _scaling(settings: Settings) -> ScalingConfig:
     )
 
 
-def check(settings: Settings, corpus: Corpus) -> None:
-    """Refuse, before anything starts, what could not be trained.
+def check_towers(settings: Settings) -> None:
+    """Refuse, before a corpus is prepared for them, towers that cannot be built.
 
     Raises:
-        SettingsError, WeightsError: naming the field, the sum or the file.
+        SettingsError, WeightsError: naming the field or the file.
     """
-    registry.build(settings.model, corpus.sample_rate)
+    registry.build(settings.model, settings.data.sample_rate)
+
+
+def check(settings: Settings, corpus: Corpus) -> None:
+    """Refuse, before anything starts, what could not be trained on this corpus.
+
+    Raises:
+        SettingsError: naming the field or the sum.
+    """
     _check_batches(settings, corpus)
     if settings.ask.enabled:
         sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
