@@ -203,10 +203,10 @@ def newest(run: Folder) -> Iterator[Path]:
 
 
 def pinned_versions(run: Folder) -> list[int]:
-    """The knowledge-base versions that the run's checkpoints name; one that is being removed meanwhile names none."""
+    """The knowledge-base versions that the run's checkpoints name; one that is being written or removed meanwhile names none."""
     found = set()
     for name in run.names():
         if name.startswith(PREFIX) and (run / name).exists("state.json"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 found.add(int((run / name).read_json("state.json")["place"]["knowledge_version"]))
     return sorted(found - {0})

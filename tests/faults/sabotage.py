@@ -27,11 +27,11 @@ Found = TypeVar("Found")
 
 POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Refiner", "ray::refresh", "ray::RayTrainWorker"
 
-EPOCHS, STEPS, ENTRIES = 10, 64, 1024
+EPOCHS, STEPS, ENTRIES = 8, 64, 1024
 
 
 def settings_of(home: Path, name: str, storage: str | None = None, **refresh: Any) -> Settings:
-    """Two workers, 640 steps, a refresh every epoch beside training."""
+    """Two workers, 512 steps, a refresh every epoch beside training."""
     return load(
         {
             "run": {"storage": storage or str(home / "runs"), "name": name},

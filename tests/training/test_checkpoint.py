@@ -251,6 +251,7 @@ def test_the_versions_that_checkpoints_name_are_pinned(tmp_path):
     for name, version in (("checkpoint_a", 4), ("checkpoint_b", 2), ("checkpoint_c", 0), ("checkpoint_d", 4), ("other", 9)):
         (run / name).write_json("state.json", {"place": {"knowledge_version": version}})
     (run / "checkpoint_e").write("model.safetensors", b"")  # being written
+    (run / "checkpoint_f").write("state.json", b"")  # likewise
     run.write_json("checkpoint_manager_snapshot.json", {})
     assert checkpoint.pinned_versions(run) == [2, 4]
 
