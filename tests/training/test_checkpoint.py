@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ask_ray.config import Settings, UserError, load
 from ask_ray.data.batches import Batch
-from ask_ray.data.schema import SPLITS
+from ask_ray.data.schema import FORMAT, SPLITS
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training import checkpoint
@@ -64,7 +64,7 @@ def restore(folder: Path, stepper: Stepper, rank: int = 0) -> Place:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """As much of a prepared corpus as opening a model asks for."""
     folder = Folder.at(str(tmp_path_factory.mktemp("corpus")))
-    folder.write_json("manifest.json", {"sample_rate": RATE, "splits": {split: {} for split in SPLITS}})
+    folder.write_json("manifest.json", {"format": FORMAT, "sample_rate": RATE, "splits": {split: {} for split in SPLITS}})
     return str(folder)
 
 
