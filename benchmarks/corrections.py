@@ -3,8 +3,8 @@
     python benchmarks/corrections.py                    run what is missing, then print the table
     python benchmarks/corrections.py --table            print the table of what is there
 
-Every row is a run of `jobs/train.py` on the default corpus (one worker, batch 64, `sync`, 10 epochs of which 3 warm up), over
-several seeds. Half of every embedding is knowledge (ρ = 0.5) and nothing else is read from it (no knowledge negatives), so that
+Every row is a run of `jobs/train.py` on the default corpus (towers of half width, one worker, batch 64, `sync`, 10 epochs of
+which 3 warm up), over several seeds. Half of every embedding is knowledge (ρ = 0.5) and nothing else is read from it (no knowledge negatives), so that
 what stale entries do is seen. Runs that are in the results file are not repeated: the study can be broken off at any time.
 """
 
@@ -34,7 +34,7 @@ SETTINGS = {
     "static + both": [*STATIC, *WRITE_BACK, *DRIFT_MAP],
 }
 
-COMMON = ["--training.workers", "1", "--training.batch_size", "64", "--knowledge.refresh.mode", "sync"]
+COMMON = ["--model.width", "0.5", "--training.workers", "1", "--training.batch_size", "64", "--knowledge.refresh.mode", "sync"]
 COMMON += ["--training.epochs", "10", "--knowledge.refresh.warmup_epochs", "3", "--ask.rho", "0.5", "--ask.negatives", "none"]
 COMMON += ["--training.evaluate_every", "0", "--knowledge.drift_probe", "0", "--tracking.enabled", "false"]
 
@@ -83,14 +83,14 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     """Run what is missing and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seeds", type=int, default=3, help="seeds of each setting")
+    made.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds of each setting")
     made.add_argument("--prepared", default="prepared", help="where the prepared corpus is kept")
     made.add_argument("--results", type=Path, default=RESULTS, help="JSON file of the results")
     made.add_argument("--table", action="store_true", help="print the table and run nothing")
     options, more = made.parse_known_args()
     rows: list[dict[str, Any]] = json.loads(options.results.read_text()) if options.results.exists() else []
     there = {(row["setting"], row["seed"]) for row in rows}
-    for seed in range(0 if options.table else options.seeds):
+    for seed in [] if options.table else options.seeds:
         for setting in SETTINGS:
             if (setting, seed) not in there:
                 print(f"training: {setting}, seed {seed}", flush=True)
