@@ -4,8 +4,9 @@
     python benchmarks/corrections.py --table            print the table of what is there
 
 Every row is a run of `jobs/train.py` on the default corpus (towers of half width, one worker, batch 64, `sync`, 10 epochs of
-which 3 warm up), over several seeds. Half of every embedding is knowledge (ρ = 0.5) and nothing else is read from it (no knowledge negatives), so that
-what stale entries do is seen. Runs that are in the results file are not repeated: the study can be broken off at any time.
+which 3 warm up), over several seeds. Half of every embedding is knowledge (ρ = 0.5) and nothing else is read from it (no
+knowledge negatives), so that what stale entries do is seen. Runs that are in the results file are not repeated: the study
+can be broken off at any time.
 """
 
 from __future__ import annotations
