@@ -119,7 +119,9 @@ def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]
     """Write shards with Ray Data; yields what each file holds."""
     if not shards:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.op_resource_reservation_enabled = False  # with it, two tasks on two CPUs run one after the other most of the time
     items = ray.data.from_items([{"shard": place} for place in range(len(shards))], override_num_blocks=len(shards))
     known = ray.put((source, shards, held_out))
     written = items.map(
