@@ -13,7 +13,7 @@ ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 HEAD = """# What a run does when something breaks
 
 Written by `make faults`: every row is a run during which a real process was ended, stopped or starved, a node was lost, or a file
-was damaged; most are 512 steps on two workers with a refresh every epoch. Every run then finished with the right number of
+was damaged; most are 512 steps on two workers with a refresh every other epoch. Every run then finished with the right number of
 steps, epochs and entries. *Stood still* is the longest gap between told steps beyond the usual one, on 2 cores; *repeated* are
 steps since the last checkpoint that were taken again. Nothing else was lost.
 

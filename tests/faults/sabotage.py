@@ -30,8 +30,8 @@ POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Re
 EPOCHS, STEPS, ENTRIES = 8, 64, 1024
 
 
-def settings_of(home: Path, name: str, storage: str | None = None, **refresh: Any) -> Settings:
-    """Two workers, 512 steps, a refresh every epoch beside training."""
+def settings_of(home: Path, name: str, storage: str | None = None, epochs: int = EPOCHS, **refresh: Any) -> Settings:
+    """Two workers, 512 steps, a refresh every other epoch beside training."""
     return load(
         {
             "run": {"storage": storage or str(home / "runs"), "name": name},
@@ -44,9 +44,9 @@ def settings_of(home: Path, name: str, storage: str | None = None, **refresh: An
             "knowledge": {
                 "cache": str(home / "cache"),
                 "drift_probe": 0,
-                "refresh": {"interval": 1, "poll_steps": 1, "warmup_epochs": 0.5, "backoff_seconds": 0.2, **refresh},
+                "refresh": {"interval": 2, "poll_steps": 1, "warmup_epochs": 0.5, "backoff_seconds": 0.2, **refresh},
             },
-            "training": {"epochs": EPOCHS, "batch_size": 8, "workers": 2, "evaluate_every": 0},
+            "training": {"epochs": epochs, "batch_size": 8, "workers": 2, "evaluate_every": 0},
             "tracking": {"enabled": False},
         }
     )
@@ -164,12 +164,12 @@ def run_under(settings: Settings, harm: Callable[[Watch], None]) -> Outcome:
     return Outcome(result, watch.folder.read_json("history.json"))
 
 
-def check_whole(outcome: Outcome) -> None:
+def check_whole(outcome: Outcome, epochs: int = EPOCHS) -> None:
     """The run came to its end with the right number of steps, epochs and entries, and a knowledge base by its final weights."""
     result = outcome.result
-    assert (result["steps"], result["epochs"]) == (EPOCHS * STEPS, EPOCHS)
-    assert {event["epoch"] for event in outcome.of("epoch")} == set(range(1, EPOCHS + 1))
+    assert (result["steps"], result["epochs"]) == (epochs * STEPS, epochs)
+    assert {event["epoch"] for event in outcome.of("epoch")} == set(range(1, epochs + 1))
     assert all(row["entries"] == ENTRIES for row in result["refreshes"])
-    assert result["refreshes"][-1]["encoder_step"] == EPOCHS * STEPS
+    assert result["refreshes"][-1]["encoder_step"] == epochs * STEPS
     assert result["knowledge_version"] == result["refreshes"][-1]["version"]
     assert all(of["n"] == 48 for of in result["final"].values())

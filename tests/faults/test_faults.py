@@ -22,6 +22,9 @@ from ask_ray.training.checkpoint import pinned_versions
 
 pytestmark = pytest.mark.faults
 
+#: Epochs of runs that outlive a wait for something to time out.
+LONG = 24
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,8 +84,8 @@ def test_the_pool_hangs(home, tell):
         with stopped(watch.processes(POOL)[0]):
             watch.wait("failed", version=1)
 
-    outcome = run_under(settings_of(home, "hang", stall_seconds=15), harm)
-    check_whole(outcome)
+    outcome = run_under(settings_of(home, "hang", epochs=LONG, stall_seconds=15), harm)
+    check_whole(outcome, LONG)
     assert "stall_seconds" in outcome.of("failed")[0]["problem"]
     tell("a pool actor hangs (stopped)", "the refresh made no progress, was ended and tried again", outcome)
 
@@ -240,8 +243,8 @@ def test_object_storage_goes_away_and_comes_back(home, tell, start_s3):
         with away():
             watch.wait("unreadable", version=later)
 
-    outcome = run_under(settings_of(home, "away", server.uri("bucket/runs")), harm)
-    check_whole(outcome)
+    outcome = run_under(settings_of(home, "away", server.uri("bucket/runs"), LONG), harm)
+    check_whole(outcome, LONG)
     assert all(event["version"] not in {v["version"] for v in outcome.of("published")} for event in outcome.of("failed"))
     did = f"{len(outcome.of('failed'))} refreshes failed and were tried again, {len(outcome.of('unreadable'))} reads were; "
     did += f"the workers restarted {len(outcome.of('began')) - 1} times"
