@@ -61,6 +61,11 @@ def fitted(settings: Settings) -> Settings:
     return made
 
 
+def memories() -> list[float]:
+    """Bytes of memory of each live node, as Ray counts it."""
+    return [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
 def share(settings: Settings, gpus: float) -> Settings:
     """Deal a cluster's GPUs to workers and encoder actors, where the settings leave it open."""
     training, pool = settings.training, settings.knowledge.pool

@@ -60,6 +60,7 @@ class RunSettings(Section):
         description="name of the run; the same name continues an interrupted run. Unset: made from the time",
     )
     storage: str = Field("runs", description="folder or URI under which the run's folder <storage>/<name> is kept")
+    dry_run: bool = Field(False, description="check data, weights, memory and resources, tell what the run takes; train nothing")
     worker_logs: bool = Field(False, description="show what workers and actors print; it is always kept in Ray's logs")
     seed: Natural = Field(0, description="seed of weights, shuffling, caption choice, augmentation and k-means")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from ask_ray.journal import START, Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.storage import Folder, masked
 from ask_ray.training import trainer
+from ask_ray.training.forecast import Forecast, check_memory, forecast
 from ask_ray.training.trainer import RunPlace
 
 POLL_SECONDS = 0.5
@@ -31,6 +33,7 @@ SHOWN_LEAKS = 5
 #: Settings that may change when a run is continued: they say where and how, not what.
 MAY_CHANGE = (
     "run.worker_logs",
+    "run.dry_run",
     "tracking",
     "training.workers",
     "training.min_workers",
@@ -54,7 +57,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Do everything that `jobs/train.py` promises.
 
     Returns:
-        what ``result.json`` holds.
+        what ``result.json`` holds; of a dry run, its :class:`~ask_ray.training.forecast.Forecast`.
 
     Raises:
         SettingsError, StorageError, WeightsError: before training starts, naming the field, file or row.
@@ -72,6 +75,11 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     continued = _check_same(settings, place)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
+    takes = forecast(settings, corpus)
+    check_memory(takes, trainer.workers_of(settings), cluster.memories())
+    if settings.run.dry_run:
+        _tell_forecast(console, settings, takes)
+        return {"name": place.name, "dry_run": True, **asdict(takes)}
     place.folder.write("settings.yaml", settings.to_yaml().encode())
     console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
     journal, keeper = Journal.start()
@@ -263,6 +271,22 @@ def _result(
         "device": facts.get("device"),
         "seed": settings.run.seed,
     }
+
+
+def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> None:
+    """What a dry run ends with."""
+    training, refresh = settings.training, settings.knowledge.refresh
+    table = Table(title="What the run would take: nothing was trained", show_header=False)
+    table.add_row("workers", f"{training.workers} on {training.device}, {training.batch_size} pairs each a step")
+    table.add_row("steps", f"{takes.steps:,} ({training.epochs} epochs of {takes.steps_per_epoch:,}, {takes.clips:,} clips)")
+    table.add_row("parameters", f"{takes.parameters:,} ({settings.model.audio} + {settings.model.text})")
+    if settings.ask.enabled:
+        table.add_row("knowledge base", f"{takes.entries:,} entries of {settings.model.dim} numbers, refreshed {refresh.policy}")
+    table.add_row(
+        "memory", f"{takes.worker_bytes / 2**30:.2f} GiB a worker, {takes.node_bytes / 2**30:.2f} a node; and activations"
+    )
+    console.print(table)
+    console.print("Next      the same command without --run.dry_run", soft_wrap=True)
 
 
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:

@@ -342,6 +342,15 @@ def test_public_corpora_are_trained_on_once_what_is_evaluated_is_out_of_the_know
     assert {row["entries"] for row in result["refreshes"]} == {run.clips("train") + guarded.clips("train")}
 
 
+def test_a_dry_run_tells_what_the_run_takes_and_makes_nothing(ray_session: None, home: Path) -> None:
+    told = io.StringIO()
+    settings = settings_of(home, run={"name": "dry", "dry_run": True})
+    result = experiment.run(settings, Console(file=told, width=120))
+    assert (result["steps"], result["entries"]) == (24, 128)
+    assert "24 (3 epochs of 8, 128 clips)" in told.getvalue()
+    assert not (home / "runs" / "dry").exists()
+
+
 def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     settings = settings_of(tmp_path, run={"storage": str(tmp_path / "file" / "runs")})

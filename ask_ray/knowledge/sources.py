@@ -14,7 +14,7 @@ from itertools import count
 
 import numpy as np
 
-from ask_ray.config import SettingsError
+from ask_ray.config import KnowledgeSettings, SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
 from ask_ray.knowledge.snapshot import TRAIN
@@ -66,6 +66,19 @@ def sources_of(wanted: Sequence[str], corpus: str) -> tuple[Source, ...]:
         name = TRAIN if one == TRAIN else _name(place, {TRAIN, *(source.name for source in made)})
         made.append(Source(name, place, "train"))
     return tuple(made)
+
+
+def entries_of(knowledge: KnowledgeSettings, corpus: str) -> int:
+    """N, how many entries the sources make at most.
+
+    Args:
+        corpus: place of the run's corpus.
+
+    Raises:
+        SettingsError: as :func:`sources_of`, or if a source holds no finished corpus.
+    """
+    every = sources_of(knowledge.sources, corpus)
+    return sum(Corpus.open(source.corpus).entries(source.split, knowledge.captions_per_clip) for source in every)
 
 
 def _name(place: str, taken: set[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from ask_ray.config import Settings, SettingsError, UserError
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
-from ask_ray.knowledge.sources import Extent, Source, check_sources, sources_of
+from ask_ray.knowledge.sources import Extent, check_sources, entries_of, sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training.beside import validation_of
@@ -94,7 +93,8 @@ def check(settings: Settings, corpus: Corpus) -> None:
     _check_batches(settings, corpus)
     if settings.ask.enabled:
         sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
-        _check_neighbours(settings, sources, check_sources(sources, corpus))
+        extent = check_sources(sources, corpus)
+        _check_neighbours(settings, extent, entries_of(settings.knowledge, corpus.folder.uri))
 
 
 def _check_batches(settings: Settings, corpus: Corpus) -> None:
@@ -108,9 +108,9 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
         raise SettingsError("data: the test split is empty: hold some clips out (data.folder.test, data.soundscapes.test)")
 
 
-def _check_neighbours(settings: Settings, sources: Sequence[Source], extent: Extent) -> None:
+def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:
     """K and Nc against what the knowledge base will hold."""
-    ask, each = settings.ask, settings.knowledge.captions_per_clip
+    ask = settings.ask
     of_batch = workers_of(settings) * settings.training.batch_size
     barred = min({"none": 0, "self": 1, "batch": of_batch}[ask.exclude], extent.own)
     left = extent.clips - barred
@@ -119,7 +119,6 @@ def _check_neighbours(settings: Settings, sources: Sequence[Source], extent: Ext
             f"ask.neighbours is {ask.neighbours}, but of the knowledge base's {extent.clips} clips {left} are left after "
             f"excluding {barred} (ask.exclude={ask.exclude}): lower ask.neighbours or give more clips"
         )
-    entries = sum(Corpus.open(source.corpus).entries(source.split, each) for source in sources)
     if ask.coarse and ask.prototypes > entries:
         raise SettingsError(f"ask.prototypes is {ask.prototypes}, but the knowledge base has {entries} entries: lower it")
 

@@ -1,0 +1,72 @@
+"""What a run will take, told and checked before it takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ask_ray.config import Settings, SettingsError
+from ask_ray.data.corpus import Corpus
+from ask_ray.knowledge.sources import entries_of
+from ask_ray.models import registry
+
+#: Bytes that training keeps for a parameter: the weight, its gradient and AdamW's two moments, in float32.
+PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run on a corpus will take; sizes are those of data that stay, and activations come on top.
+
+    clips: to train on; steps_per_epoch, steps: of the optimiser; entries: N of the knowledge base, at most, 0 without one;
+    parameters: of both towers, trainable and frozen; worker_bytes: of memory for each worker; node_bytes: for all workers of a
+    node together, which map one copy of the knowledge base.
+    """
+
+    clips: int
+    steps_per_epoch: int
+    steps: int
+    entries: int
+    parameters: int
+    worker_bytes: int
+    node_bytes: int
+
+
+def forecast(settings: Settings, corpus: Corpus) -> Forecast:
+    """The forecast of a run with :func:`ask_ray.cluster.fitted` settings."""
+    training, clips = settings.training, corpus.clips("train")
+    per_epoch = clips // (training.workers or 1) // training.batch_size
+    model = registry.build(settings.model, corpus.sample_rate)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    entries = entries_of(settings.knowledge, corpus.folder.uri) if settings.ask.enabled else 0
+    waveforms = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
+    own, shared = PER_PARAMETER * parameters + waveforms, _knowledge_bytes(settings, entries)
+    corrections = settings.knowledge.corrections
+    if corrections.write_back or corrections.drift_map:  # then each worker changes a copy of its own
+        own, shared = own + shared, 0
+    return Forecast(clips, per_epoch, training.epochs * per_epoch, entries, parameters, own, shared)
+
+
+def _knowledge_bytes(settings: Settings, entries: int) -> int:
+    """Of rows and indexes of both modalities; inverted lists keep 16-bit floats. Two versions are held around a swap."""
+    exact = entries < settings.knowledge.exact_below
+    return 2 * 2 * entries * settings.model.dim * (4 + (4 if exact else 2))
+
+
+def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:
+    """Refuse a run whose data cannot be held.
+
+    Args:
+        nodes: bytes of memory of each node, as Ray counts it.
+
+    Raises:
+        SettingsError: with the sum.
+    """
+    room = sum(max(0, int((node - made.node_bytes) // made.worker_bytes)) for node in nodes)
+    if room < workers:
+        raise SettingsError(
+            f"training.workers: each of {workers} workers keeps {made.worker_bytes / 2**30:.1f} GiB ({made.parameters:,} "
+            f"parameters with optimiser, cached waveforms), their nodes {made.node_bytes / 2**30:.1f} GiB of {made.entries:,} "
+            f"knowledge entries; the cluster holds {sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower "
+            "training.workers, model.dim, data.cache_mib or the knowledge sources, or add nodes"
+        )
