@@ -144,7 +144,7 @@ def test_training_diverges(home, tell):
 def test_a_refresh_outlasts_training(home, tell):
     def harm(watch: Watch) -> None:
         watch.wait("swapped")
-        watch.wait("started", version=2)
+        watch.wait("encoding", version=2)  # the youngest process of the pool is then this refresh's
         with stopped(watch.processes(POOL)[0]):
             watch.wait("epoch", epoch=EPOCHS)
 
