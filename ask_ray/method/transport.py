@@ -10,6 +10,10 @@ permutation and sweeps alone take thousands of rounds. So every few sweeps one N
 would (Sinkhorn-Newton: Brauer, Clason, Lorenz and Wirth, 2017, arXiv 1710.06635).
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,6 +24,19 @@ SWEEPS_PER_CHECK = 10
 
 LARGEST_STEP = 3.0
 """Bound of a Newton step on log Q; the objective is near its quadratic model only within a few units of log Q."""
+
+
+class Potentials(NamedTuple):
+    """The plan of a whole test set as Q = exp(S / ε + f_i + g_j): rows (N,) f and columns (M,) g, float64.
+
+    error: how far the row sum that is furthest off was from its share when last looked, as a part of that share; sweeps: how
+    many were made.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    error: float
+    sweeps: int
 
 
 def transport_plan(similarity: Tensor, epsilon: float, iterations: int = 1000, tolerance: float = 1e-6) -> Tensor:
@@ -53,6 +70,42 @@ def transport_plan(similarity: Tensor, epsilon: float, iterations: int = 1000, t
                     break
                 log_plan = _normalise_rows(log_plan + _newton_step(log_plan))
         return log_plan.exp()
+
+
+def potentials(
+    audio: Tensor, text: Tensor, epsilon: float, iterations: int = 1000, tolerance: float = 1e-3, chunk: int = 64
+) -> Potentials:
+    """The entropic plan between N clips and M captions of uniform shares, Q 1 = 1 / N and Qᵀ 1 = 1 / M, by Sinkhorn's sweeps.
+
+    The plan itself is never held: each sweep scores the clips anew, `chunk` of them at once. Hence no Newton step either.
+
+    Args:
+        audio: ``(N, d)`` and text: ``(M, d)``, finite, floating point; their dot products are the similarity S.
+        epsilon: ε > 0, in units of similarity.
+        iterations: the most sweeps, at least 1.
+        tolerance: stop once no row sum is off by more than this part of its share; column sums are then exact. When
+            ``iterations`` run out first, the potentials so far are returned.
+        chunk: rows at once, which bounds memory and changes nothing but rounding.
+
+    Raises:
+        ValueError: widths that differ; an ε, number of iterations or tolerance that is not positive.
+    """
+    check_shape("text", text, (len(text), audio.shape[1]))
+    check_positive("epsilon", epsilon)
+    check_positive("iterations", iterations)
+    check_positive("tolerance", tolerance)
+    with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
+        audio, text = at_least_float32(audio), at_least_float32(text)
+        share_of_row, share_of_column = -torch.tensor([len(audio), len(text)], dtype=torch.float64).log()
+        rows = torch.full((len(audio),), torch.inf, dtype=torch.float64, device=audio.device)
+        columns = torch.zeros(len(text), dtype=torch.float64, device=audio.device)
+        for sweep in range(1, iterations + 1):
+            of_rows, of_columns = _sweep(audio, text, epsilon, columns, share_of_row, chunk)
+            error = float((rows - of_rows).expm1().abs().max())
+            if error <= tolerance:
+                break
+            rows, columns = of_rows, share_of_column - of_columns
+        return Potentials(rows, columns, error, sweep)
 
 
 def soft_targets(plan: Tensor, beta: float) -> Tensor:
@@ -91,6 +144,18 @@ def realigned_logits(similarity: Tensor, plan: Tensor, beta: float) -> Tensor:
     check_share("beta", beta)
     check_shape("plan", plan, similarity.shape)
     return (1 - beta) * similarity + beta * plan
+
+
+def _sweep(
+    audio: Tensor, text: Tensor, epsilon: float, columns: Tensor, share: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Row potentials (N,) that make row sums right, and with them log Σ exp(S / ε + f) of every column, (M,)."""
+    rows, summed = columns.new_empty(len(audio)), torch.full_like(columns, -torch.inf)
+    for some, of in zip(audio.split(chunk), rows.split(chunk), strict=True):
+        scores = (some @ text.T).double() / epsilon
+        of.copy_(share - (scores + columns).logsumexp(dim=1))
+        torch.logaddexp(summed, (scores + of[:, None]).logsumexp(dim=0), out=summed)
+    return rows, summed
 
 
 def _normalise_rows(log_plan: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.training import metrics
 from ask_ray.training.ask import read_knowledge
 from ask_ray.training.gather import gather_objects, world_size
+from ask_ray.training.metrics import Ranked
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class EncodedSplit:
     audio: Tensor
     text: Tensor
     owner: Tensor
+
+    def size(self) -> dict[str, int]:
+        """`n` clips and `m` captions, which every table states."""
+        return {"n": len(self.ids), "m": len(self.captions)}
 
 
 def encode_split(
@@ -67,14 +72,19 @@ def _joined(parts: list[tuple[Any, ...]], device: torch.device) -> EncodedSplit:
     )
 
 
-def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
-    """`t2a` and `a2t` figures of a split."""
+def ranked(encoded: EncodedSplit) -> dict[str, Ranked]:
+    """`t2a` and `a2t`, query by query, by cosine similarity."""
     arguments = (encoded.audio, encoded.text, encoded.owner)
-    return {"t2a": asdict(metrics.text_to_audio(*arguments)), "a2t": asdict(metrics.audio_to_text(*arguments))}
+    return {"t2a": metrics.text_to_audio(*arguments), "a2t": metrics.audio_to_text(*arguments)}
+
+
+def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
+    """`t2a` and `a2t` figures of a split, each with the numbers of clips `n` and of captions `m`."""
+    return {way: {**one.figures(), **encoded.size()} for way, one in ranked(encoded).items()}
 
 
 def flat_figures(ways: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What :func:`both_ways` gives as an event's keys: `t2a_r1`, …, `a2t_n`."""
+    """What :func:`both_ways` gives as an event's keys: `t2a_r1`, …, `a2t_m`."""
     return {f"{way}_{name}": value for way, of in ways.items() for name, value in of.items()}
 
 

@@ -143,3 +143,41 @@ def test_rejections():
         transport.soft_targets(torch.zeros(3, 2), 0.1)
     with pytest.raises(ValueError, match="plan"):
         transport.realigned_logits(square, torch.zeros(3, 1), 0.1)
+
+
+def captioned(clips: int, seed: int, noise: float = 0.6) -> tuple[Tensor, Tensor]:
+    """Clips and their one to four captions, (N, 12) and (M, 12) float64 unit rows."""
+    rng = np.random.default_rng(seed)
+    audio = functional.normalize(torch.from_numpy(rng.standard_normal((clips, 12))), dim=1)
+    owner = torch.repeat_interleave(torch.arange(clips), torch.from_numpy(rng.integers(1, 5, clips)))
+    return audio, functional.normalize(audio[owner] + noise * torch.from_numpy(rng.standard_normal((len(owner), 12))), dim=1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 99), st.sampled_from([0.1, 0.3, 1.0]), st.integers(1, 20))
+def test_potentials_give_the_plan_of_pot_for_any_number_of_captions(clips: int, seed: int, epsilon: float, chunk: int):
+    audio, text = captioned(clips, seed)
+    shares = [np.full(len(side), 1 / len(side)) for side in (audio, text)]
+    similarity = (audio @ text.T).numpy()
+    expected = ot.sinkhorn(*shares, -similarity, epsilon, "sinkhorn_log", numItermax=5000, stopThr=1e-12)
+    found = transport.potentials(audio, text, epsilon, iterations=5000, tolerance=1e-9, chunk=chunk)
+    plan = np.exp(similarity / epsilon + found.rows[:, None].numpy() + found.columns.numpy())
+    np.testing.assert_allclose(plan, expected, atol=1e-7, rtol=1e-5)
+    np.testing.assert_allclose(plan.sum(0), shares[1], rtol=1e-9)
+    assert found.error <= 1e-9
+
+
+def test_potentials_of_too_few_sweeps_tell_how_far_off_they_are():
+    audio, text = captioned(40, 0)
+    found = transport.potentials(audio.float(), text.float(), 0.02, iterations=3)
+    assert found.sweeps == 3
+    assert found.error > 1e-3
+    assert found.rows.dtype == torch.float64
+
+
+def test_potentials_refuse_what_cannot_be():
+    audio, text = captioned(3, 0)
+    with pytest.raises(ValueError, match="text has shape"):
+        transport.potentials(audio, text[:, :5], 0.1)
+    with pytest.raises(ValueError, match="epsilon must be positive"):
+        transport.potentials(audio, text, 0.0)
