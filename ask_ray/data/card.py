@@ -25,7 +25,7 @@ def _head(manifest: dict[str, Any]) -> Iterator[str]:
     yield f"Source: {origin['layout']}" + (f", {origin['folder']}" if origin["folder"] else "")
     if origin["lists"]:
         yield ""
-        yield from _table(("list", "BLAKE2b digest"), [(f"`{name}`", f"`{digest}`") for name, digest in origin["lists"].items()])
+        yield from table(("list", "BLAKE2b digest"), [(f"`{name}`", f"`{digest}`") for name, digest in origin["lists"].items()])
 
 
 def _splits(manifest: dict[str, Any]) -> Iterator[str]:
@@ -48,7 +48,7 @@ def _splits(manifest: dict[str, Any]) -> Iterator[str]:
             )
         )
     headings = ("split", "clips", "captions", "hours", "seconds", "words", "with source id", "cut", "digest")
-    yield from _table(headings, rows)
+    yield from table(headings, rows)
     yield ""
     yield (
         "Seconds a clip (whole seconds) and words a caption: least / median / most. Cut: the recording is longer than "
@@ -64,14 +64,14 @@ def _originals(manifest: dict[str, Any]) -> Iterator[str]:
     for of in manifest["splits"].values():
         for rate, count in of["rates"].items():
             rates[int(rate)] = rates.get(int(rate), 0) + count
-    yield from _table(("Hz", "clips"), sorted(rates.items()))
+    yield from table(("Hz", "clips"), sorted(rates.items()))
 
 
 def _aside(manifest: dict[str, Any]) -> Iterator[str]:
     yield "## Set aside"
     yield ""
     if manifest["rejected"]:
-        yield from _table(("reason", "rows"), list(manifest["rejected"].items()))
+        yield from table(("reason", "rows"), list(manifest["rejected"].items()))
         yield ""
         yield "Each is listed with its file and details in `rejected/`."
     else:
@@ -91,7 +91,7 @@ def _kept_out(manifest: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{count} {reason}" for reason, count in counts.items()) + "."
     if manifest["leaks"]:
         yield ""
-        yield from _table(("clip", "reason", "detail"), [(one["id"], one["reason"], one["detail"]) for one in manifest["leaks"]])
+        yield from table(("clip", "reason", "detail"), [(one["id"], one["reason"], one["detail"]) for one in manifest["leaks"]])
         if sum(counts.get(reason, 0) for reason in LEAKS) > len(manifest["leaks"]):
             yield ""
             yield "… and more, see `rejected/`."
@@ -104,7 +104,7 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     own = settings[manifest["corpus"]]
     told = {name: settings[name] for name in ("sample_rate", "min_seconds", "keep_seconds", "shard_clips", "max_rejected")}
     told |= {f"{manifest['corpus']}.{name}": value for name, value in own.items()}
-    yield from _table(("setting", "value"), [(f"`data.{name}`", value) for name, value in told.items()])
+    yield from table(("setting", "value"), [(f"`data.{name}`", value) for name, value in told.items()])
 
 
 def _spread(counts: dict[str, int]) -> str:
@@ -116,7 +116,8 @@ def _spread(counts: dict[str, int]) -> str:
     return f"{numbers[0]} / {median} / {numbers[-1]}"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    """A Markdown table, line by line."""
     yield f"| {' | '.join(headings)} |"
     yield f"|{'---|' * len(headings)}"
     for row in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,6 +117,12 @@ class Corpus:
         """Ids of the split's clips in the order of the corpus. Reads that one column."""
         files = self._files(split)
         return list(files.to_table(columns=["id"]).column("id").to_pylist()) if files.files else []
+
+    def captions(self, split: str) -> Iterator[list[str]]:
+        """Each clip's captions in the order of the corpus. Reads that one column, a batch at a time."""
+        files = self._files(split)
+        for batch in files.to_batches(columns=["captions"]) if files.files else ():
+            yield from batch.column("captions").to_pylist()
 
     def identities(self, split: str) -> Identities:
         """Ids, source ids and digests of the split's clips. Reads those columns."""

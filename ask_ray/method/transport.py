@@ -99,13 +99,13 @@ def potentials(
         share_of_row, share_of_column = -torch.tensor([len(audio), len(text)], dtype=torch.float64).log()
         rows = torch.full((len(audio),), torch.inf, dtype=torch.float64, device=audio.device)
         columns = torch.zeros(len(text), dtype=torch.float64, device=audio.device)
-        for sweep in range(1, iterations + 1):
+        sweeps, error = 0, torch.inf
+        while sweeps < iterations and error > tolerance:
             of_rows, of_columns = _sweep(audio, text, epsilon, columns, share_of_row, chunk)
-            error = float((rows - of_rows).expm1().abs().max())
-            if error <= tolerance:
-                break
-            rows, columns = of_rows, share_of_column - of_columns
-        return Potentials(rows, columns, error, sweep)
+            sweeps, error = sweeps + 1, float((rows - of_rows).expm1().abs().max())
+            if error > tolerance:
+                rows, columns = of_rows, share_of_column - of_columns
+        return Potentials(rows, columns, error, sweeps)
 
 
 def soft_targets(plan: Tensor, beta: float) -> Tensor:
@@ -146,9 +146,7 @@ def realigned_logits(similarity: Tensor, plan: Tensor, beta: float) -> Tensor:
     return (1 - beta) * similarity + beta * plan
 
 
-def _sweep(
-    audio: Tensor, text: Tensor, epsilon: float, columns: Tensor, share: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+def _sweep(audio: Tensor, text: Tensor, epsilon: float, columns: Tensor, share: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Row potentials (N,) that make row sums right, and with them log Σ exp(S / ε + f) of every column, (M,)."""
     rows, summed = columns.new_empty(len(audio)), torch.full_like(columns, -torch.inf)
     for some, of in zip(audio.split(chunk), rows.split(chunk), strict=True):

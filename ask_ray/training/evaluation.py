@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from ask_ray.config import AskSettings, Settings
+from ask_ray.data import rarity
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import id_number
 from ask_ray.knowledge.encoding import encode_batches
 from ask_ray.knowledge.replica import Knowledge
-from ask_ray.method import injection
+from ask_ray.method import injection, transport
+from ask_ray.method.transport import Potentials
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.training import metrics
 from ask_ray.training.ask import read_knowledge
 from ask_ray.training.gather import gather_objects, world_size
 from ask_ray.training.metrics import Ranked
+
+#: Of the bootstrap, which every evaluation draws alike.
+RESAMPLES, SEED = 1000, 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,53 @@ def _joined(parts: list[tuple[Any, ...]], device: torch.device) -> EncodedSplit:
     )
 
 
-def ranked(encoded: EncodedSplit) -> dict[str, Ranked]:
-    """`t2a` and `a2t`, query by query, by cosine similarity."""
+def ranked(encoded: EncodedSplit, of_clips: Tensor | None = None, of_captions: Tensor | None = None) -> dict[str, Ranked]:
+    """`t2a` and `a2t`, query by query, by cosine similarity plus what a clip (N,) or a caption (M,) is given."""
     arguments = (encoded.audio, encoded.text, encoded.owner)
-    return {"t2a": metrics.text_to_audio(*arguments), "a2t": metrics.audio_to_text(*arguments)}
+    return {
+        "t2a": metrics.text_to_audio(*arguments, bias=of_clips),
+        "a2t": metrics.audio_to_text(*arguments, bias=of_captions),
+    }
+
+
+def ranked_by_plan(encoded: EncodedSplit, epsilon: float) -> tuple[dict[str, Ranked], Potentials]:
+    """Ranked by the entropic transport plan between all clips and all captions of the split, of uniform shares.
+
+    Transductive: how a query ranks depends on the other queries, so these figures are not comparable with those by cosine
+    (m-LTM, arXiv 2405.10084). Along a query, the plan S / ε + f + g ranks as the cosine plus ε times the candidates' potential.
+    """
+    found = transport.potentials(encoded.audio, encoded.text, epsilon)
+    return ranked(encoded, *((epsilon * side).float() for side in (found.rows, found.columns))), found
+
+
+def told(
+    encoded: EncodedSplit, ways: dict[str, Ranked], resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, dict[str, Any]]:
+    """As :func:`both_ways`, of rankings that are made, with the number of `queries` and the 95 % `intervals` of the figures."""
+    return {
+        way: {**one.figures(), **encoded.size(), "queries": len(one), "intervals": one.intervals(resamples, seed)}
+        for way, one in ways.items()
+    }
+
+
+def by_rarity(encoded: EncodedSplit, ways: dict[str, Ranked], frequencies: Frequencies) -> list[dict[str, Any]]:
+    """:func:`told` of the clips of each bucket of :mod:`ask_ray.data.rarity` that has any, rarest first.
+
+    A bucket's clips, and their captions, are the queries; the candidates are those of the whole split, so R@1 tells what is
+    found among all. Each with the `bucket`'s name, its `clips`, `t2a` and `a2t`.
+    """
+    owner = encoded.owner.cpu().numpy()
+    captions: list[list[str]] = [[] for _ in encoded.ids]
+    for clip, caption in zip(owner, encoded.captions, strict=True):
+        captions[clip].append(caption)
+    held = np.array([rarity.bucket(frequencies.clip(of_clip)) for of_clip in captions])
+    rows = []
+    for number, name in enumerate(rarity.BUCKETS):
+        clips = held == number
+        if clips.any():
+            some = {"t2a": ways["t2a"].of(clips[owner]), "a2t": ways["a2t"].of(clips)}
+            rows.append({"bucket": name, "clips": int(clips.sum()), **told(encoded, some)})
+    return rows
 
 
 def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:

@@ -77,7 +77,9 @@ def text_to_audio(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | Non
     return rank_of_right(text, audio, owner, bias, chunk)
 
 
-def rank_of_right(queries: Tensor, candidates: Tensor, right: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Ranked:
+def rank_of_right(
+    queries: Tensor, candidates: Tensor, right: Tensor, bias: Tensor | None = None, chunk: int | None = None
+) -> Ranked:
     """Rank candidates (C, d) for queries (Q, d) that have one right candidate each: right (Q,) int64. Others as for
     :func:`text_to_audio`."""
     rank = np.empty(len(queries), np.int64)  # made at once: small results kept between large ones would tear the heap
@@ -119,7 +121,7 @@ def _scores(queries: Tensor, candidates: Tensor, bias: Tensor | None, chunk: int
 
 def _not_lower(scores: Tensor, than: Tensor) -> Tensor:
     """(q,): how many of each row's scores (q, C) are not lower than (q, 1)."""
-    return scores.shape[1] - (scores < than).sum(dim=1)
+    return scores.shape[1] - (scores < than).sum(dim=1, dtype=torch.int32)  # more than twice as fast as int64
 
 
 def _ranks_of_right(scores: Tensor, right: Tensor, there: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Evaluation: a split encoded in batches is the split encoded one by one, and injection reads the knowledge base."""
 
 import numpy as np
+import ot
 import pytest
 import torch
 from torch.nn import functional
 
 from ask_ray.config import AskSettings, DataSettings, Settings, SoundscapeSettings, load
-from ask_ray.data import prepare
+from ask_ray.data import prepare, rarity
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import id_number
 from ask_ray.knowledge import index
 from ask_ray.knowledge.replica import Knowledge
@@ -149,3 +151,51 @@ def test_rho_of_one_injects_nothing(encoded, known):
     made = evaluation.injected(encoded, known, AskSettings(rho=1, neighbours=3))
     torch.testing.assert_close(made.audio, encoded.audio)
     torch.testing.assert_close(made.text, encoded.text)
+
+
+def test_by_plan_ranks_as_the_plan_of_pot_does(encoded):
+    ways, found = evaluation.ranked_by_plan(encoded, 0.1)
+    assert found.error <= 1e-3
+    similarity = (encoded.audio.double() @ encoded.text.double().T).numpy()
+    shares = [np.full(size, 1 / size) for size in similarity.shape]
+    plan = ot.sinkhorn(*shares, -similarity, 0.1, "sinkhorn_log", numItermax=5000, stopThr=1e-10)
+    owner = encoded.owner.numpy()
+    t2a = [1 + np.sum(plan[:, n] > plan[clip, n]) for n, clip in enumerate(owner)]
+    a2t = [min(1 + np.sum(plan[clip] > plan[clip, n]) for n in np.flatnonzero(owner == clip)) for clip in range(11)]
+    assert np.abs(ways["t2a"].rank - t2a).max() <= 1  # the last digits of near ties
+    assert np.mean(ways["t2a"].rank == t2a) > 0.9
+    assert np.mean(ways["a2t"].rank == a2t) > 0.9
+
+
+def test_a_plan_undoes_a_clip_that_stands_near_to_everything():
+    rng = torch.Generator().manual_seed(0)
+    audio = functional.normalize(torch.randn(40, 16, generator=rng), dim=1)
+    text = functional.normalize(audio + 1.5 * audio[:1] + 0.1 * torch.randn(40, 16, generator=rng), dim=1)
+    split = EncodedSplit([*map(str, range(40))], ["a caption"] * 40, audio, text, torch.arange(40))
+    plain, (plan, _) = evaluation.ranked(split), evaluation.ranked_by_plan(split, 0.05)
+    assert plain["t2a"].figures()["r1"] < 0.5
+    assert plan["t2a"].figures()["r1"] > 0.9
+
+
+def test_what_is_told_has_sizes_queries_and_intervals(encoded):
+    made = evaluation.told(encoded, evaluation.ranked(encoded), resamples=50)
+    plain = evaluation.both_ways(encoded)
+    assert [made[way]["queries"] for way in ("t2a", "a2t")] == [33, 11]
+    for way, of in made.items():
+        assert {name: of[name] for name in plain[way]} == plain[way]
+        assert of["intervals"].keys() == set(metrics.FIGURES)
+
+
+def test_buckets_hold_every_clip_once_and_their_figures_are_of_their_clips_alone(encoded, corpus):
+    trained = Frequencies.of(corpus.captions("train"))
+    assert trained.clips == 6
+    ways = evaluation.ranked(encoded)
+    rows = evaluation.by_rarity(encoded, ways, trained)
+    assert [row["bucket"] for row in rows] == [name for name in rarity.BUCKETS if name in {row["bucket"] for row in rows}]
+    assert sum(row["clips"] for row in rows) == 11
+    for row in rows:
+        captions = [encoded.captions[3 * clip : 3 * clip + 3] for clip in range(11)]
+        mine = [clip for clip in range(11) if rarity.BUCKETS[rarity.bucket(trained.clip(captions[clip]))] == row["bucket"]]
+        assert row["clips"] == row["a2t"]["queries"] == len(mine)
+        assert row["a2t"]["r1"] == np.mean(ways["a2t"].rank[mine] == 1)
+        assert row["t2a"]["mean_rank"] == np.mean([ways["t2a"].rank[3 * clip + k] for clip in mine for k in range(3)])

@@ -1,0 +1,57 @@
+"""ESC-50's layout: what is listed, what is set aside, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from ask_ray.config import SettingsError
+from ask_ray.data import esc50 as layout
+
+
+def test_the_list_says_which_sounds_there_are_and_what_is_not_named_is_set_aside(esc50: Path):
+    found = layout.read(str(esc50), "--path")
+    assert [clip.path.name for clip in found.clips] == [
+        "1-0.wav", "2-0.wav", "1-1.wav", "2-1.wav", "1-2.wav", "2-2.wav", "cut.wav", "gone.wav"
+    ]  # fmt: skip
+    assert found.categories() == ["church_bells", "dog", "water_drops"]
+    assert [(one.id, one.reason) for one in found.aside] == [("stray.wav", "no category")]
+
+
+def test_rows_without_a_name_or_a_category_are_set_aside_by_their_number(esc50: Path):
+    with (esc50 / "meta" / "esc50.csv").open("a") as stream:
+        stream.write(",5,0,dog,False,1,A\nstray.wav,5,0,,False,1,A\n1-0.wav,1,0,dog,False,1,A\n")
+    found = layout.read(str(esc50), "--path")
+    assert [(one.source.rpartition(", ")[2], one.reason) for one in found.aside] == [
+        ("row 10", "no file name"), ("row 11", "no category")
+    ]  # fmt: skip
+    assert len(found.clips) == 8, "a row that is there twice counts once"
+
+
+@pytest.mark.parametrize("kept", [None, "meta", "audio"])
+def test_another_folder_is_refused_with_what_was_looked_for_and_what_is_there(tmp_path: Path, kept: str | None):
+    root = tmp_path / "clotho"
+    if kept:
+        (root / kept).mkdir(parents=True)
+        (root / "captions.csv").write_text("")
+    with pytest.raises(SettingsError) as refusal:
+        layout.read(str(root), "--path")
+    told = str(refusal.value)
+    assert told.startswith(f"--path: {root} does not hold ESC-50: looked for meta/esc50.csv and audio/; found ")
+    assert told.endswith(
+        f"captions.csv, {kept}/".replace("captions.csv, audio/", "audio/, captions.csv") if kept else "no such folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("file,label\n1-0.wav,dog\n", r"has the columns file, label; it lacks filename, category"),
+        ("filename,category\n1-0.wav,dog\n", r"names 1 categories; at least 2"),
+        ("filename,category\n1-0.wav,dog\n1-0.wav,cat\n", r"row 3: 1-0.wav is of 'dog' and of 'cat'"),
+        ("", r"cannot be read"),
+    ],
+)
+def test_another_list_is_refused(esc50: Path, text: str, told: str):
+    (esc50 / "meta" / "esc50.csv").write_text(text)
+    with pytest.raises(SettingsError, match=told):
+        layout.read(str(esc50), "--path")
