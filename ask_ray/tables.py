@@ -106,7 +106,9 @@ def retrieval(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Sheet:
 
 def rare(title: str, buckets: Sequence[Mapping[str, Any]]) -> Sheet:
     """A row for each bucket of :func:`ask_ray.training.evaluation.by_rarity`."""
-    rows = [(of["bucket"], f"{of['clips']}", share(of["t2a"], "r1"), share(of["a2t"], "r1")) for of in buckets]
+    rows: list[tuple[str, ...]] = [
+        (of["bucket"], f"{of['clips']}", share(of["t2a"], "r1"), share(of["a2t"], "r1")) for of in buckets
+    ]
     return Sheet(title, ("training clips", "clips", "R@1 % t2a", "R@1 % a2t"), rows)
 
 

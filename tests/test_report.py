@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from rich.console import Console
 
 from ask_ray import report
 from ask_ray.storage import Folder

@@ -54,12 +54,12 @@ class Ranked:
         Each resample draws as many queries as there are, with replacement, each on its own (also captions of one clip). Queries
         with the same rank and precision are the same to every figure, so how often each such kind is drawn is drawn at once.
         """
-        kinds, counts = np.unique(np.stack([self.rank, self.precision]), axis=1, return_counts=True)
+        (rank, precision), counts = np.unique(np.stack([self.rank, self.precision]), axis=1, return_counts=True)
         rng, each = np.random.default_rng(seed), max(1, CELLS // len(counts))
         parts = []
         for start in range(0, resamples, each):
             drawn = rng.multinomial(len(self), counts / len(self), size=min(each, resamples - start))
-            parts.append(_figures_of_draws(drawn, *kinds, len(self)))
+            parts.append(_figures_of_draws(drawn, rank, precision, len(self)))
         low, high = np.quantile(np.concatenate(parts), BOUNDS, axis=0)
         return {name: (float(low[n]), float(high[n])) for n, name in enumerate(FIGURES)}
 

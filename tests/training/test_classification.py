@@ -9,7 +9,8 @@ from sklearn.metrics import accuracy_score, recall_score, top_k_accuracy_score
 from torch.nn import functional
 
 from ask_ray.config import Settings, SettingsError, load
-from ask_ray.data import audio, esc50 as layout
+from ask_ray.data import audio
+from ask_ray.data import esc50 as layout
 from ask_ray.data.schema import usable_waveform
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
@@ -88,5 +89,5 @@ def test_a_model_that_gives_every_class_the_same_is_never_right():
 
 def test_a_template_without_a_place_for_the_class_is_refused():
     classification.check_templates(["{}", "the sound of {}"])
-    with pytest.raises(SettingsError, match="'the sound' has no {} where"):
+    with pytest.raises(SettingsError, match=r"'the sound' has no \{\} where"):
         classification.check_templates(["{}", "the sound"])
