@@ -30,11 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the table, if all went well."""
-    target, rows = session.config.getoption("--table"), session.config.stash[ROWS]
-    if target is not None and rows and exitstatus == 0:
-        target.write_text(HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows))
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table: a row for each test that passed, and the rows that are there of those that were not run."""
+    target, new = session.config.getoption("--table"), session.config.stash[ROWS]
+    if target is None or not new:
+        return
+    there = target.read_text().splitlines()[len(HEAD.splitlines()) :] if target.exists() else []
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in there}
+    rows |= {row[0]: f"| {' | '.join(row)} |" for row in new}
+    target.write_text(HEAD + "".join(f"{line}\n" for line in rows.values()))
 
 
 @pytest.fixture
