@@ -221,13 +221,16 @@ def kill_the_first(title: str) -> int:
     raise TimeoutError(f"no process {title} in two minutes")
 
 
-def test_an_evaluation_beside_training_that_takes_too_long_is_given_up_and_named(ray_session: None, home: Path) -> None:
-    beside = {"evaluation": "beside", "evaluate_every": 2, "epochs": 2, "workers": 2, "evaluation_timeout_seconds": 0.01}
-    told = io.StringIO()
-    settings = settings_of(home, run={"name": "too-long"}, training=beside, ask={"enabled": False})
-    result = experiment.run(settings, Console(file=told, width=200))
-    assert result["epochs"] == 2
-    assert "Not evaluated: epochs [2]" in told.getvalue()
+def test_epochs_whose_evaluation_gave_no_figures_are_named(small_corpus, home: Path) -> None:
+    settings = settings_of(home, training={"evaluation": "beside", "evaluate_every": 2, "epochs": 7})
+    events = [
+        {"kind": "epoch", "epoch": 2, "step": 20, "loss": 1.0},
+        {"kind": "not validated", "problem": "took too long"},
+        {"kind": "validated", "epoch": 4, "step": 40, "t2a_r1": 0.1},
+    ]
+    assert experiment._unevaluated(settings, small_corpus, events) == [2, 6]
+    inline = [{"kind": "epoch", "epoch": epoch, "step": epoch, "t2a_r1": 0.1} for epoch in (2, 4, 6)]
+    assert experiment._unevaluated(settings, small_corpus, inline) == []
 
 
 def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:
