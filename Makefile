@@ -32,6 +32,7 @@ lint: $(TEST_READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/refresh.py
 	$(BIN)/python benchmarks/prepare.py
 
 $(VENV)/bin/python:
