@@ -65,7 +65,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     settings = _named(settings)
-    trainer.check_towers(settings)
+    parameters = trainer.check_towers(settings)
     cluster.connect(settings)
     settings = cluster.fitted(settings)
     place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))
@@ -75,7 +75,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     continued = _check_same(settings, place)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
-    takes = forecast(settings, corpus)
+    takes = forecast(settings, corpus, parameters)
     check_memory(takes, trainer.workers_of(settings), cluster.memories())
     if settings.run.dry_run:
         _tell_forecast(console, settings, takes)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ask_ray.config import Settings, SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.knowledge.sources import entries_of
-from ask_ray.models import registry
 
 #: Bytes that training keeps for a parameter: the weight, its gradient and AdamW's two moments, in float32.
 PER_PARAMETER = 16
@@ -32,12 +31,10 @@ class Forecast:
     node_bytes: int
 
 
-def forecast(settings: Settings, corpus: Corpus) -> Forecast:
-    """The forecast of a run with :func:`ask_ray.cluster.fitted` settings."""
+def forecast(settings: Settings, corpus: Corpus, parameters: int) -> Forecast:
+    """The forecast of a run with :func:`ask_ray.cluster.fitted` settings and towers of so many parameters."""
     training, clips = settings.training, corpus.clips("train")
     per_epoch = clips // (training.workers or 1) // training.batch_size
-    model = registry.build(settings.model, corpus.sample_rate)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     entries = entries_of(settings.knowledge, corpus.folder.uri) if settings.ask.enabled else 0
     waveforms = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
     own, shared = PER_PARAMETER * parameters + waveforms, _knowledge_bytes(settings, entries)

@@ -75,13 +75,17 @@ def _scaling(settings: Settings) -> ScalingConfig:
     )
 
 
-def check_towers(settings: Settings) -> None:
+def check_towers(settings: Settings) -> int:
     """Refuse, before a corpus is prepared for them, towers that cannot be built.
+
+    Returns:
+        how many parameters they have.
 
     Raises:
         SettingsError, WeightsError: naming the field or the file.
     """
-    registry.build(settings.model, settings.data.sample_rate)
+    model = registry.build(settings.model, settings.data.sample_rate)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check(settings: Settings, corpus: Corpus) -> None:
