@@ -17,19 +17,42 @@ CPU_WORKERS = 2
 SHARED_GPU = 0.25
 
 
+#: What the process of a trial reserves beside its run.
+TRIAL_CPUS = 0.05
+
+
 def connect(settings: Settings) -> None:
     """Join the cluster that RAY_ADDRESS or a submitted job names, else start Ray on this machine.
 
     A local session offers at least as many logical CPUs as the run reserves, so that a laptop runs what it can.
     """
+    _start(settings, _cpus(settings, settings.training.workers or CPU_WORKERS), dashboard=False)
+
+
+def connect_for_sweep(settings: Settings, at_once: int | None) -> None:
+    """As :func:`connect`, with room for so many trials at once, by default as many as this machine's cores hold.
+
+    The dashboard is there: without it, Ray 2.60 keeps the resources of trials that were stopped.
+    """
+    each = _cpus(settings, workers_of_trial(settings))
+    count = at_once or max(1, int((os.cpu_count() or 1) / each))
+    _start(settings, count * (each + TRIAL_CPUS), dashboard=True)
+
+
+def workers_of_trial(settings: Settings) -> int:
+    """The workers of each trial of a sweep: one, unless the settings say more. Several trials are the better use of a cluster."""
+    return settings.training.workers or 1
+
+
+def _start(settings: Settings, cpus: float, dashboard: bool) -> None:
     if ray.is_initialized():
         return
     join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
-    least = max(_cpus(settings, settings.training.workers or CPU_WORKERS), settings.data.prepare_tasks)
+    least = max(cpus, settings.data.prepare_tasks)
     ray.init(
         address=os.environ.get("RAY_ADDRESS", "auto") if join else "local",
         num_cpus=None if join else max(os.cpu_count() or 1, math.ceil(least)),
-        include_dashboard=None if join else False,
+        include_dashboard=None if join else dashboard,
         logging_level=logging.ERROR,
         log_to_driver=settings.run.worker_logs,
     )
@@ -59,6 +82,45 @@ def fitted(settings: Settings) -> Settings:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     _check_nodes(made, nodes)
     return made
+
+
+def trials_at_once(settings: Settings) -> int:
+    """How many trials with :func:`fitted` settings the cluster holds at once, each whole, so that none waits for another.
+
+    Raises:
+        SettingsError: if not one fits beside its own process, with the sum.
+    """
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    count = 0
+    while _placed(settings, nodes):
+        count += 1
+    if count == 0:
+        there = ray.cluster_resources()
+        training, pool = settings.training, settings.knowledge.pool
+        raise SettingsError(
+            f"sweep: a trial reserves {TRIAL_CPUS:g} CPU for itself, {training.workers} workers x ({training.cpus_per_worker:g} "
+            f"CPU + {training.gpus_per_worker or 0:g} GPU), {pool.min_actors} encoder actors x ({pool.cpus:g} CPU + "
+            f"{pool.gpus or 0:g} GPU) and {_evaluation_cpus(settings):g} CPU for evaluation; the cluster's nodes hold "
+            f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: lower these, or add nodes"
+        )
+    return count
+
+
+def _placed(settings: Settings, nodes: list[dict[str, float]]) -> bool:
+    """Take one trial's shares from the nodes, the largest first and each where it first fits; false if one does not."""
+    training, pool = settings.training, settings.knowledge.pool
+    worker = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker or 0.0}
+    actor = {"CPU": pool.cpus, "GPU": pool.gpus or 0.0}
+    parts = [worker] * (training.workers or 0) + [actor] * (pool.min_actors if settings.ask.enabled else 0)
+    parts += [{"CPU": _evaluation_cpus(settings)}, {"CPU": TRIAL_CPUS}]
+    for part in sorted(parts, key=lambda one: (one.get("GPU", 0.0), one["CPU"]), reverse=True):
+        fits = (node for node in nodes if all(node.get(name, 0.0) + 1e-6 >= share for name, share in part.items()))
+        node = next(fits, None)
+        if node is None:
+            return False
+        for name, share in part.items():
+            node[name] = node.get(name, 0.0) - share
+    return True
 
 
 def memories() -> list[float]:

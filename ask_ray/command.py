@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ask_ray.config import Settings, UserError, parse, parser
+import yaml
+
+from ask_ray.config import Settings, SweepSettings, UserError, parse, parser, plain
 
 Options = dict[str, Any]
 
@@ -19,6 +21,39 @@ def with_settings(
     """Run a job with the settings of the command line, whose words `expand` may put in full. Exits as :func:`guarded` does."""
     settings, _ = parse(parser(description), expand(sys.argv[1:]))
     guarded(lambda: job(settings))
+
+
+def with_space(description: str, job: Callable[[Settings, SweepSettings, Any], object]) -> None:
+    """Run a job with a space file, its sweep's settings, and those that all trials share: of the file, then the command line.
+    Exits as :func:`guarded` does."""
+    made = parser(description)
+    made.add_argument("--space", type=str, help="YAML file of the space: see tune_spaces/ (required)")
+    made.add_argument("--sweep", type=SweepSettings, default=SweepSettings())
+    words = sys.argv[1:]
+
+    def run() -> object:
+        from ask_ray.tuning import space  # it needs Ray: --help need not wait for it
+
+        file = space.read(str(path))
+        of_file = yaml.safe_dump({**file.settings, "sweep": file.sweep}, allow_unicode=True)
+        settings, found = parse(made, [f"--config={of_file}", *words])
+        return job(settings, SweepSettings.model_validate(plain(found["sweep"])), file)
+
+    path = _value(words, "--space")
+    if path is None:
+        parse(made, words)  # for --help, and for errors of its own
+        made.error("--space is missing: name a file, such as tune_spaces/smoke.yaml")
+    guarded(run)
+
+
+def _value(words: Sequence[str], wanted: str) -> str | None:
+    """The value of a flag, None if it does not stand there."""
+    rest = iter(words)
+    for word in rest:
+        flag, separator, value = word.partition("=")
+        if flag == wanted:
+            return value if separator else next(rest, None)
+    return None
 
 
 def corpus_in_full(words: Sequence[str]) -> list[str]:

@@ -26,6 +26,9 @@ AUDIO_TOWERS = ("tiny", "resnet38", "ced-tiny", "ced-mini", "ced-small", "ced-ba
 TEXT_TOWERS = ("tiny", "bert", "roberta", "sonar")
 HF = "hf:"
 
+#: Of runs and sweeps, which name folders.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
 Pooling = Literal["mean", "max", "first", "pooler"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -56,10 +59,15 @@ class RunSettings(Section):
 
     name: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME,
         description="name of the run; the same name continues an interrupted run. Unset: made from the time",
     )
     storage: str = Field("runs", description="folder or URI under which the run's folder <storage>/<name> is kept")
+    fork: str | None = Field(
+        None,
+        description="folder or URI of another run: begin from its newest checkpoint that leaves epochs to do, with its weights, "
+        "optimiser and place in the schedule, under these settings. The knowledge base is made anew",
+    )
     dry_run: bool = Field(False, description="check data, weights, memory and resources, tell what the run takes; train nothing")
     worker_logs: bool = Field(False, description="show what workers and actors print; it is always kept in Ray's logs")
     seed: Natural = Field(0, description="seed of weights, shuffling, caption choice, augmentation and k-means")
@@ -377,6 +385,39 @@ class TrackingSettings(Section):
     experiment: str = Field("ask_ray", min_length=1, description="MLflow experiment")
 
 
+class SweepSettings(Section):
+    """How a sweep searches its space. Not part of a run's settings: `jobs/tune.py` alone takes it."""
+
+    name: str | None = Field(
+        None, pattern=NAME, description="name of the sweep; the same name continues an interrupted one. Unset: made from the time"
+    )
+    algorithm: Literal["grid", "random", "optuna", "pbt"] = Field(
+        "random",
+        description="grid: every combination; random: `trials` of them; optuna: TPE proposes each from those before; pbt: "
+        "`trials` runs at once, of which the worse take over the better one's weights and a changed setting",
+    )
+    trials: Count = Field(16, description="trials of random, optuna and pbt; grid makes all that there are")
+    seeds: list[Natural] = Field([0], min_length=1, description="a trial trains once with each run.seed; its mean is its value")
+    metric: str = Field("mean_r1", description="what is compared, of the validation split: mean_r1 is the mean of both R@1")
+    mode: Literal["max", "min"] = Field("max", description="whether more of `metric` is better, or less")
+    concurrent: Count | None = Field(None, description="trials at once at most. Unset: as many as the cluster holds")
+    early_stopping: bool = Field(False, description="stop trials that are behind others of the same age (ASHA)")
+    grace_epochs: Count = Field(4, description="early stopping: no trial is stopped sooner")
+    reduction: float = Field(3.0, gt=1, description="early stopping: of so many trials one goes on at each rung")
+    perturb_epochs: Count = Field(2, description="pbt: epochs between a trial's chances to take over a better one's weights")
+    keep: Natural = Field(1, description="best trials that keep weights and knowledge base; of the others only figures are kept")
+    seed: Natural = Field(0, description="seed of what random, optuna and pbt draw")
+
+    @model_validator(mode="after")
+    def check(self) -> SweepSettings:
+        """Refuse combinations that cannot work; each message names the fields."""
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds names one twice ({self.seeds}): name each once")
+        if self.algorithm == "pbt" and (self.early_stopping or len(self.seeds) > 1 or self.trials < 2):
+            raise ValueError("algorithm pbt replaces bad trials itself: set early_stopping false, one seed, and trials above 1")
+        return self
+
+
 class Settings(Section):
     """All settings of a run."""
 
@@ -461,6 +502,24 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return made
 
 
+def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
+    """The settings with others by their dotted names.
+
+    Raises:
+        SettingsError: as :func:`load`, and for a name that is no setting.
+    """
+    tree = settings.model_dump(mode="json")
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        part: Any = tree
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or last not in part:
+            raise SettingsError(f"{name} is no setting; python jobs/train.py --help lists them")
+        part[last] = value
+    return load(tree)
+
+
 def load(document: str | dict[str, Any], origin: str = "settings") -> Settings:
     """Validate a YAML document or a nested mapping.
 
@@ -518,10 +577,14 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple
     found = made.parse_args(_ordered(sys.argv[1:] if arguments is None else arguments))
     given = {name: found[name] for name in Settings.model_fields}
     try:
-        values = {name: part.as_dict() if isinstance(part, Namespace) else part for name, part in given.items()}
-        return Settings.model_validate(values), found
+        return Settings.model_validate({name: plain(part) for name, part in given.items()}), found
     except ValidationError as error:
         made.error(describe(error))
+
+
+def plain(part: Any) -> Any:
+    """A section that was parsed, as a mapping."""
+    return part.as_dict() if isinstance(part, Namespace) else part
 
 
 def _presets() -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,11 +22,13 @@ from ask_ray.data.prepare import prepare
 from ask_ray.journal import START, Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.storage import Folder, masked
-from ask_ray.training import trainer
+from ask_ray.training import checkpoint, trainer
 from ask_ray.training.forecast import Forecast, check_memory, forecast
 from ask_ray.training.trainer import RunPlace
 
 POLL_SECONDS = 0.5
+
+Listener = Callable[[dict[str, Any]], None]
 
 #: Clips that are named when a corpus was prepared, of those that an evaluation split has too; the data card names more.
 SHOWN_LEAKS = 5
@@ -53,8 +56,18 @@ MAY_CHANGE = (
 )
 
 
-def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    console: Console | None = None,
+    listen: Listener = lambda event: None,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Do everything that `jobs/train.py` promises.
+
+    Args:
+        console: where progress is told.
+        listen: called with every event of the run's journal, from a thread of its own.
+        tags: of the run's record in MLflow.
 
     Returns:
         what ``result.json`` holds; of a dry run, its :class:`~ask_ray.training.forecast.Forecast`.
@@ -73,6 +86,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     if place.storage.local is None:
         Folder(str(Cache.of(settings.knowledge).root)).check_writable("knowledge.cache")
     continued = _check_same(settings, place)
+    _check_fork(settings)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
     takes = forecast(settings, corpus, parameters)
@@ -84,8 +98,8 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
     journal, keeper = Journal.start()
     started = time.time()
-    with tracking.Recorder(settings, place.folder) as recorder:
-        with Monitor(settings, journal, place.folder, recorder, console) as seen:
+    with tracking.Recorder(settings, place.folder, tags) as recorder:
+        with Monitor(settings, journal, place.folder, recorder, console, listen) as seen:
             outcome = trainer.train(settings, corpus, place, journal)
         ray.kill(keeper)
         result = _result(settings, place, seen.events, trainer.final_facts(outcome), time.time() - started)
@@ -137,6 +151,22 @@ def _check_same(settings: Settings, place: RunPlace) -> bool:
     return True
 
 
+def _check_fork(settings: Settings) -> None:
+    """Refuse to begin from a run that cannot be taken up.
+
+    Raises:
+        SettingsError, CheckpointError: naming what is in the way.
+    """
+    fork = settings.run.fork
+    if fork is None:
+        return
+    with checkpoint.newest(Folder.at(fork), settings.training.epochs) as folder:
+        there = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    old, new = flat(there["model"]), flat(settings.model.model_dump(mode="json"))
+    if differing := [f"model.{key} ({old.get(key)} there, {new[key]} here)" for key in new if old.get(key) != new[key]]:
+        raise SettingsError(f"run.fork: the model of {masked(fork)} is another: {', '.join(differing)}")
+
+
 def prepared(settings: Settings, console: Console) -> Corpus:
     """The prepared corpus, made with a progress bar if it is not there yet, and a line on what was set aside."""
     with Progress(TextColumn("Preparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
@@ -175,11 +205,16 @@ class Monitor:
     """Reads the journal while training runs: shows progress, keeps the run's history, feeds the record."""
 
     def __init__(
-        self, settings: Settings, journal: Journal, folder: Folder, recorder: tracking.Recorder, console: Console
+        self,
+        settings: Settings,
+        journal: Journal,
+        folder: Folder,
+        recorder: tracking.Recorder,
+        console: Console,
+        listen: Listener,
     ) -> None:
-        self._settings, self._journal, self._folder, self._recorder, self._console = (
-            settings, journal, folder, recorder, console,
-        )  # fmt: skip
+        self._settings, self._journal, self._folder = settings, journal, folder
+        self._recorder, self._console, self._listen = recorder, console, listen
         self.events: list[dict[str, Any]] = folder.read_json("history.json") if folder.exists("history.json") else []
         self._mark = START
         self._unsaved = False
@@ -206,6 +241,8 @@ class Monitor:
             self._unsaved |= over or any(event["kind"] in ("epoch", "published") for event in new)
             if self._unsaved:
                 self._save()
+            for event in new:  # who listens may stop the run: what it was told is saved
+                self._listen(event)
 
     def _save(self) -> None:
         """Write the history. Storage that is away for now is tried again with the next events."""

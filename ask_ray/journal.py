@@ -45,10 +45,10 @@ class Journal:
     name: str
 
     @classmethod
-    def start(cls) -> tuple[Journal, ActorHandle]:
+    def start(cls, name: str | None = None) -> tuple[Journal, ActorHandle]:
         """A new journal, and the actor that lives as long as the caller holds it, on the caller's node: no other node's loss
         takes it away."""
-        name = f"ask_ray-journal-{uuid.uuid4().hex}"
+        name = name or f"ask_ray-journal-{uuid.uuid4().hex}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return cls(name), _Keeper.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 

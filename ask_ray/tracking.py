@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ class Recorder:
     """Writes settings, metrics, knowledge-base versions and pictures to MLflow.
 
     Failing to set up is an error before training; failing later is a warning, once: a record never stops a run.
+
+    Args:
+        settings: of the run; with `tracking.enabled` false nothing is recorded.
+        folder: of the run; its `mlflow.json` names the MLflow run, which is continued if it is there.
+        tags: of the MLflow run.
     """
 
-    def __init__(self, settings: Settings, folder: Folder) -> None:
-        self._settings, self._folder = settings, folder
+    def __init__(self, settings: Settings, folder: Folder, tags: Mapping[str, str] | None = None) -> None:
+        self._settings, self._folder, self._tags = settings, folder, tags or {}
         self._client: Any = None
-        self._run_id = ""
         self._warned = False
+        self.run_id = ""
         self.where = ""
 
     def __enter__(self) -> Recorder:
@@ -36,34 +42,45 @@ class Recorder:
                 self._start()
             except Exception as error:
                 raise SettingsError(
-                    f"tracking.uri: MLflow cannot record at {self._uri()} ({error}); give another tracking.uri or set "
+                    f"tracking.uri: MLflow cannot record at {uri_of(self._settings)} ({error}); give another tracking.uri or set "
                     "tracking.enabled to false"
                 ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
-            self._safely(lambda: self._client.set_terminated(self._run_id, "FAILED"))
+            self.end("KILLED" if kind is KeyboardInterrupt else "FAILED")
 
     def record(self, event: dict[str, Any]) -> None:
         """Record what of an event is a metric: epochs and evaluations by step, knowledge-base versions as they are
         published and swapped."""
         self._safely(lambda: self._record(event))
 
+    def metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Record those of the values that are numbers."""
+        self._safely(lambda: self._metrics(values, step))
+
     def finish(self, result: dict[str, Any], pictures: list[str]) -> None:
         """Record the final figures and the pictures, and end the run."""
-        self._safely(lambda: self._finish(result, pictures))
+        final = {key: result[key] for key in ("final", "final_injected")}
+        self.metrics(flat(final) | {"steps_per_second": result["steps_per_second"]}, result["steps"])
+        self._safely(lambda: self._client.log_dict(self.run_id, result, "result.json"))
+        for picture in pictures:
+            self.artifact(self._folder / "pictures", Folder(picture).name, "pictures")
+        self.end("FINISHED")
 
-    def _uri(self) -> str:
-        if self._settings.tracking.uri is not None:
-            return self._settings.tracking.uri
-        return f"sqlite:///{self._home()}/mlflow.db"
+    def artifact(self, folder: Folder, name: str, under: str | None = None) -> None:
+        """Keep a copy of a file with the record."""
+        self._safely(lambda: self._artifact(folder, name, under))
 
-    def _home(self) -> Path:
-        """Where the default store is: beside the runs if they are local, else in the current folder."""
-        home = Folder.at(self._settings.run.storage).local or Path.cwd()
-        home.mkdir(parents=True, exist_ok=True)
-        return home
+    def end(self, status: str) -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        self._safely(lambda: self._client.set_terminated(self.run_id, status))
+
+    def end_other(self, folder: Folder, status: str, tags: Mapping[str, str]) -> None:
+        """End the MLflow run of another run's folder, if it has one, for it cannot do so itself any more."""
+        if folder.exists("mlflow.json"):
+            self._safely(lambda: self._end_other(folder.read_json("mlflow.json")["run_id"], status, tags))
 
     def _start(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -71,19 +88,19 @@ class Recorder:
 
         for name in ("alembic", "mlflow", "mlflow.store.db.utils"):  # they tell of every table they create
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = MlflowClient(self._uri())
-        name = self._settings.tracking.experiment
+        uri, name = uri_of(self._settings), self._settings.tracking.experiment
+        self._client = MlflowClient(uri)
         found = self._client.get_experiment_by_name(name)
-        artifacts = None if self._settings.tracking.uri else (self._home() / "mlflow-artifacts").as_uri()
+        artifacts = None if self._settings.tracking.uri else (_home(self._settings) / "mlflow-artifacts").as_uri()
         experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=artifacts)
         if self._folder.exists("mlflow.json"):
-            self._run_id = self._folder.read_json("mlflow.json")["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
+            self.run_id = self._folder.read_json("mlflow.json")["run_id"]
+            self._client.update_run(self.run_id, status="RUNNING")
         else:
-            self._run_id = self._client.create_run(experiment, run_name=self._folder.name).info.run_id
-            self._folder.write_json("mlflow.json", {"run_id": self._run_id, "uri": self._uri()})
+            self.run_id = self._client.create_run(experiment, tags=dict(self._tags), run_name=self._folder.name).info.run_id
+            self._folder.write_json("mlflow.json", {"run_id": self.run_id, "uri": uri})
             self._log_settings()
-        self.where = f"{self._uri()}  experiment {name}, run {self._run_id}"
+        self.where = f"{uri}  experiment {name}, run {self.run_id}"
 
     def _log_settings(self) -> None:
         from mlflow.entities import Param
@@ -91,41 +108,36 @@ class Recorder:
         values = flat(self._settings.model_dump(mode="json"))
         params = [Param(key, masked(str(value))) for key, value in values.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
-            self._client.log_batch(self._run_id, params=params[start : start + PARAMS_AT_ONCE])
-        self._client.log_text(self._run_id, masked(self._settings.to_yaml()), "settings.yaml")
+            self._client.log_batch(self.run_id, params=params[start : start + PARAMS_AT_ONCE])
+        self._client.log_text(self.run_id, masked(self._settings.to_yaml()), "settings.yaml")
 
     def _record(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind in ("epoch", "validated"):
-            self._metrics(event, event["step"], leave_out=("kind", "time", "step"))
+            self._metrics({key: event[key] for key in event if key not in ("kind", "time", "step")}, event["step"])
         elif kind == "published":
             self._metrics({f"refresh_{key}": event[key] for key in ("encode_seconds", "build_seconds")}, event["encoder_step"])
         elif kind == "swapped" and event["rank"] == 0:
             swap = {f"swap_{key.removeprefix('swap_')}": event[key] for key in ("version", "lag_steps", "swap_ms")}
             self._metrics(swap, event["step"])
 
-    def _metrics(self, values: dict[str, Any], step: int, leave_out: tuple[str, ...] = ()) -> None:
+    def _metrics(self, values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        made = [
-            Metric(key, float(value), now, step)
-            for key, value in values.items()
-            if key not in leave_out and isinstance(value, int | float)
-        ]
-        self._client.log_batch(self._run_id, metrics=made)
+        made = [Metric(key, float(value), now, step) for key, value in values.items() if isinstance(value, int | float)]
+        self._client.log_batch(self.run_id, metrics=made)
 
-    def _finish(self, result: dict[str, Any], pictures: list[str]) -> None:
-        final = {key: result[key] for key in ("final", "final_injected")}
-        self._metrics(flat(final) | {"steps_per_second": result["steps_per_second"]}, result["steps"])
-        self._client.log_dict(self._run_id, result, "result.json")
-        with tempfile.TemporaryDirectory() as folder:
-            for picture in pictures:
-                name = Folder(picture).name
-                (Path(folder) / name).write_bytes((self._folder / "pictures").read(name))
-                self._client.log_artifact(self._run_id, str(Path(folder) / name), "pictures")
-        self._client.set_terminated(self._run_id, "FINISHED")
+    def _artifact(self, folder: Folder, name: str, under: str | None) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            (Path(temporary) / name).write_bytes(folder.read(name))
+            self._client.log_artifact(self.run_id, str(Path(temporary) / name), under)
+
+    def _end_other(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+        self._client.set_terminated(run_id, status)
 
     def _safely(self, act: Any) -> None:
         if self._client is None:
@@ -136,3 +148,15 @@ class Recorder:
             if not self._warned:
                 _LOG.warning("MLflow stopped recording (%s); the run goes on, its history is in %s", error, self._folder)
             self._warned = True
+
+
+def uri_of(settings: Settings) -> str:
+    """Where a run is recorded: `tracking.uri`, else SQLite beside the runs if they are local, else in the current folder."""
+    return settings.tracking.uri or f"sqlite:///{_home(settings)}/mlflow.db"
+
+
+def _home(settings: Settings) -> Path:
+    """Where the default store is."""
+    home = Folder.at(settings.run.storage).local or Path.cwd()
+    home.mkdir(parents=True, exist_ok=True)
+    return home

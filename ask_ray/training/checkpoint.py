@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -185,20 +186,21 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
 
 
 @contextlib.contextmanager
-def newest(run: Folder) -> Iterator[Path]:
-    """The newest whole checkpoint of a run, as a local folder.
+def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
+    """The newest whole checkpoint of a run that has done fewer than `below` epochs, as a local folder.
 
     Raises:
         CheckpointError: if the run has none.
     """
     try:
         filesystem, path = run.resolve()
-        found = Result.from_path(path, filesystem).checkpoint
+        kept = Result.from_path(path, filesystem).best_checkpoints or []
     except Exception as error:  # what Ray raises for a damaged snapshot, or one of another version, has no public name
         raise CheckpointError(f"{run}: not a run's folder ({error}); give <storage>/<name> of a run") from error
-    if found is None:
+    found = [saved for saved, metrics in kept if metrics.get("epoch", 0) < below]  # in the order they were saved
+    if not found:
         raise CheckpointError(f"{run}: the run has no checkpoint yet; wait for its first epoch")
-    with found.as_directory() as folder:
+    with found[-1].as_directory() as folder:
         yield Path(folder)
 
 

@@ -133,8 +133,9 @@ def both_ways(encoded: EncodedSplit) -> dict[str, dict[str, float]]:
 
 
 def flat_figures(ways: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What :func:`both_ways` gives as an event's keys: `t2a_r1`, …, `a2t_m`."""
-    return {f"{way}_{name}": value for way, of in ways.items() for name, value in of.items()}
+    """What :func:`both_ways` gives as an event's keys: `t2a_r1`, …, `a2t_m`, and `mean_r1`, the mean of both R@1."""
+    named = {f"{way}_{name}": value for way, of in ways.items() for name, value in of.items()}
+    return named | {"mean_r1": (named["t2a_r1"] + named["a2t_r1"]) / 2}
 
 
 def injected(encoded: EncodedSplit, knowledge: Knowledge, ask: AskSettings) -> EncodedSplit:

@@ -28,7 +28,7 @@ from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.models.weights import not_finite
-from ask_ray.storage import Folder, StorageError
+from ask_ray.storage import Folder, StorageError, masked
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
@@ -146,20 +146,26 @@ class Worker:
         }
 
     def _resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one, with the knowledge base that it names."""
-        found, memory = ray.train.get_checkpoint(), {}
+        """Continue from the newest checkpoint, if there is one, with the knowledge base that it names; begin from that of the
+        run to fork, if one is named, with a knowledge base by its weights."""
+        found, fork = ray.train.get_checkpoint(), self.settings.run.fork
+        memory, forked = {}, False
         if found is not None:
             with found.as_directory() as folder:
-                self.place = checkpoint.restore(
-                    Path(folder), self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank
-                )
-                memory = checkpoint.memory(Path(folder))
+                memory = self._restore(Path(folder))
+        elif fork is not None:
+            with checkpoint.newest(Folder.at(fork), self.settings.training.epochs) as path:
+                memory = {name: value for name, value in self._restore(path).items() if name.startswith(QUEUE)}
+            forked = self.place.knowledge_version > 0
+            self._move(knowledge_version=0, asked=None)
         # Another number of workers has other epochs, and the corpus may have moved.
         self._move(batch=min(self.place.batch, self.steps), corpus=self.plan.corpus)
         self.stepper.stand_at(self.place.epoch * self.steps + self.place.batch)
         self.stepper.remember({name.removeprefix(QUEUE): value for name, value in memory.items() if name.startswith(QUEUE)})
         if self.upkeep is not None:
             self.upkeep.begin(self.place.knowledge_version, self.place.asked, self.place.step, memory)
+            if forked:
+                self.upkeep.refresh(self.place.step, f"begun from {masked(str(fork))}", wait=True)
         if self.rank == 0:
             self.plan.journal.tell(
                 "began",
@@ -168,6 +174,11 @@ class Worker:
                 version=self.place.knowledge_version,
                 world_size=world_size(),
             )
+
+    def _restore(self, folder: Path) -> dict[str, Tensor]:
+        """Take up a checkpoint; returns its memory."""
+        self.place = checkpoint.restore(folder, self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank)
+        return checkpoint.memory(folder)
 
     def _epoch(self, epoch: int) -> None:
         started, first = time.time(), self.place.batch

@@ -1,0 +1,97 @@
+"""How Ray Tune searches: its search algorithm, its scheduler, and what it is told to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from ask_ray.config import Settings, SettingsError, SweepSettings
+from ask_ray.training.metrics import FIGURES
+from ask_ray.tuning.space import Point, Space
+from ask_ray.tuning.trial import AGE
+
+#: What every evaluation on the validation split reports.
+METRICS = ("mean_r1", *(f"{way}_{figure}" for way in ("t2a", "a2t") for figure in FIGURES))
+
+
+def check_metric(sweep: SweepSettings, settings: Settings) -> None:
+    """Refuse a metric that no run reports, and runs that do not report it at their end.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    if sweep.metric not in METRICS:
+        raise SettingsError(f"sweep.metric: no run reports {sweep.metric!r}; evaluations report {', '.join(METRICS)}")
+    training = settings.training
+    if not training.evaluates(training.epochs):
+        raise SettingsError(
+            f"training.evaluate_every is {training.evaluate_every}: the last of {training.epochs} epochs would not be evaluated, "
+            "and a sweep compares that one; choose a divisor, such as 1"
+        )
+
+
+def count(sweep: SweepSettings, points: list[Point]) -> int:
+    """How many trials there will be."""
+    return len(points) if sweep.algorithm == "grid" else sweep.trials
+
+
+def wanted_at_once(sweep: SweepSettings) -> int | None:
+    """How many trials a session that starts on this machine makes room for; None: as many as its cores hold."""
+    return sweep.trials if sweep.algorithm == "pbt" else sweep.concurrent
+
+
+def at_once(sweep: SweepSettings, points: list[Point], room: int) -> int:
+    """How many trials run at once where there is room for so many.
+
+    Raises:
+        SettingsError: if a population cannot train at once, whose trials learn from each other.
+    """
+    most = min(room, sweep.concurrent or room)
+    if sweep.algorithm == "pbt" and most < sweep.trials:
+        raise SettingsError(
+            f"sweep.trials: pbt trains all of its {sweep.trials} trials at once, and there is room for {most}: lower "
+            "sweep.trials, training.cpus_per_worker or knowledge.pool.cpus, or add nodes"
+        )
+    return min(most, count(sweep, points))
+
+
+def config(sweep: SweepSettings, space: Space, points: list[Point], at_once: int, epochs: int) -> dict[str, Any]:
+    """`param_space` and `tune_config` for Ray Tune.
+
+    Grid and random points are known before the first trial and handed over whole, so that conditions between settings hold and
+    every point has been checked; Optuna proposes its own as trials come in; pbt draws its first and changes them.
+    """
+    listed = sweep.algorithm in ("grid", "random")
+    space_of_tune = {one.key: one.domain for one in space.dimensions} if sweep.algorithm == "pbt" else None
+    searcher = OptunaSearch(space.suggested, sweep.metric, sweep.mode, seed=sweep.seed) if sweep.algorithm == "optuna" else None
+    told = tune.TuneConfig(
+        metric=sweep.metric,
+        mode=sweep.mode,
+        search_alg=searcher or BasicVariantGenerator(random_state=sweep.seed, max_concurrent=at_once),
+        scheduler=_scheduler(sweep, space, epochs),
+        num_samples=1 if listed else sweep.trials,
+        max_concurrent_trials=at_once if searcher else None,
+        trial_dirname_creator=_folder_name,
+    )
+    return {"param_space": {"point": tune.grid_search(points)} if listed else space_of_tune, "tune_config": told}
+
+
+def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialScheduler | None:
+    """ASHA by age, over the epochs of all seeds; no trial is stopped for having come to its end. Or population based training."""
+    if sweep.algorithm == "pbt":
+        domains: dict[str, Any] = {one.key: one.domain for one in space.dimensions}
+        return PopulationBasedTraining(time_attr=AGE, perturbation_interval=sweep.perturb_epochs, hyperparam_mutations=domains)
+    if not sweep.early_stopping:
+        return None
+    longest = epochs * len(sweep.seeds) + 2
+    return ASHAScheduler(
+        time_attr=AGE, max_t=longest, grace_period=min(sweep.grace_epochs, longest), reduction_factor=sweep.reduction
+    )
+
+
+def _folder_name(trial: Any) -> str:
+    return str(trial.trial_id)

@@ -1,0 +1,150 @@
+"""A trial: the whole runs of one point of the space, one for each seed, heard by Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+from rich.console import Console
+
+from ask_ray import experiment, report
+from ask_ray.config import Settings, SweepSettings, flat, with_values
+from ask_ray.storage import Folder
+from ask_ray.tuning.space import Point
+
+#: What a trial tells Ray Tune beside the figures: epochs since its start over all seeds, and whether it is at its end.
+AGE, DONE = "age", "whole"
+
+#: The file of what Ray Tune keeps for pbt: which run has the weights.
+DONOR = "donor.json"
+
+#: Tags of a trial's MLflow runs.
+PARENT_TAG, TRIAL_TAG, STATUS_TAG, REASON_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.status", "sweep.reason"
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What a sweep hands to every trial.
+
+    settings: shared by all, fitted to the cluster; trials: the folder of their runs; parent: the sweep's MLflow run, if any.
+    """
+
+    settings: Settings
+    sweep: SweepSettings
+    trials: Folder
+    parent: str
+
+
+def run_name(trial: str, seed: int, part: int = 0) -> str:
+    """The name of a trial's run; of its later parts where pbt changed its settings in the middle."""
+    return f"{trial}-seed-{seed}" + (f"-part-{part}" if part else "")
+
+
+def last_part(trials: Folder, trial: str, seed: int) -> int:
+    """The newest part of a trial's run; 0 too if there is none yet."""
+    start = run_name(trial, seed) + "-part-"
+    parts = [int(name.removeprefix(start)) for name in (trials.names() if trials.exists() else []) if name.startswith(start)]
+    return max(parts, default=0)
+
+
+def run_folder(trials: Folder, trial: str, seed: int) -> Folder:
+    """The folder of the newest part of a trial's run."""
+    return trials / run_name(trial, seed, last_part(trials, trial, seed))
+
+
+def point_of(config: dict[str, Any]) -> Point:
+    """The point in what Ray Tune hands to a trial: as it stands, or listed whole as `point`."""
+    return dict(config.get("point", config))
+
+
+def settings_of(plan: TrialPlan, point: Point, trial: str, seed: int) -> Settings:
+    """The settings of a trial's run, or of its part that begins or goes on now."""
+    own: Point = {"run.name": run_name(trial, seed), "run.storage": plan.trials.uri, "run.seed": seed}
+    donor = _donor()
+    if donor is not None:
+        own |= _part(plan, point, trial, seed, donor)
+    return with_values(plan.settings, {**point, **own})
+
+
+def _part(plan: TrialPlan, point: Point, trial: str, seed: int, donor: str) -> Point:
+    """What tells a part of a trial's run under pbt: it goes on with its newest part, or forks the run that it takes over."""
+    newest = last_part(plan.trials, trial, seed)
+    if donor == run_name(trial, seed, newest) and _goes_on(plan.trials / donor, point):
+        there = flat(yaml.safe_load((plan.trials / donor).read("settings.yaml")))
+        return {"run.name": donor, "run.fork": there["run.fork"]}
+    return {"run.name": run_name(trial, seed, newest + 1), "run.fork": (plan.trials / donor).uri}
+
+
+def _goes_on(run: Folder, point: Point) -> bool:
+    """Whether a run was made with the settings of a point."""
+    there = flat(yaml.safe_load(run.read("settings.yaml")))
+    return all(there[key] == value for key, value in point.items())
+
+
+def _donor() -> str | None:
+    """The run that Ray Tune says to go on from: under pbt, of this trial or of a better one."""
+    saved = tune.get_checkpoint()
+    if saved is None:
+        return None
+    with saved.as_directory() as folder:
+        return str(json.loads((Path(folder) / DONOR).read_text(encoding="utf-8"))["run"])
+
+
+def train_trial(config: dict[str, Any], plan: TrialPlan) -> None:
+    """Ray Tune's trainable: train once with each seed, and report after every evaluation. What is there is not done again.
+
+    Reported are the figures of an evaluation with `age`, and at the end the metric's mean over the seeds with `whole`.
+    """
+    trial, point = tune.get_context().get_trial_id(), point_of(config)
+    values = []
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        for number, seed in enumerate(plan.sweep.seeds):
+            settings = settings_of(plan, point, trial, seed)
+            name, folder = str(settings.run.name), plan.trials / str(settings.run.name)
+            told = _Told(number * settings.training.epochs, name if plan.sweep.algorithm == "pbt" else None)
+            if not finished(folder):
+                tags = {PARENT_TAG: plan.parent, TRIAL_TAG: trial, **{key: str(value) for key, value in point.items()}}
+                experiment.run(settings, Console(file=nowhere), told.tell, tags)
+            values.append(value_of(folder, plan.sweep.metric))
+    epochs = plan.settings.training.epochs * len(values)
+    tune.report({plan.sweep.metric: sum(values) / len(values), AGE: epochs + 1, DONE: True})
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Reports evaluations to Ray Tune: `before` epochs were done by earlier seeds; under pbt with the run to take over."""
+
+    before: int
+    run: str | None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Report an event if it is an evaluation."""
+        if event["kind"] not in ("epoch", "validated") or "mean_r1" not in event:
+            return
+        figures = {key: value for key, value in event.items() if isinstance(value, int | float) and key != "time"}
+        report = {**figures, AGE: self.before + event["epoch"], DONE: False}
+        if self.run is None:
+            tune.report(report)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / DONOR).write_text(json.dumps({"run": self.run}), encoding="utf-8")
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def finished(folder: Folder) -> bool:
+    """Whether a run is whole: its result is the last that it writes."""
+    return folder.exists("result.json")
+
+
+def value_of(folder: Folder, metric: str) -> float:
+    """The metric of a run's last evaluation; NaN if it has none yet."""
+    if not folder.exists("history.json"):
+        return float("nan")
+    validated = report.validations(folder.read_json("history.json"))
+    return float(validated[-1].get(metric, float("nan"))) if validated else float("nan")
