@@ -3,7 +3,7 @@
     python benchmarks/corrections.py                    run what is missing, then print the table
     python benchmarks/corrections.py --table            print the table of what is there
 
-Every row is a run of `jobs/train.py` on the default corpus (towers of half width, one worker, batch 64, `sync`, 10 epochs of
+Every row is a run of `jobs/train.py` on the default corpus (towers of half width, one worker, batch 64, `sync`, 20 epochs of
 which 3 warm up), over several seeds. Half of every embedding is knowledge (ρ = 0.5) and nothing else is read from it (no
 knowledge negatives), so that what stale entries do is seen. Runs that are in the results file are not repeated: the study
 can be broken off at any time.
@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 COMMON = ["--model.width", "0.5", "--training.workers", "1", "--training.batch_size", "64", "--knowledge.refresh.mode", "sync"]
-COMMON += ["--training.epochs", "10", "--knowledge.refresh.warmup_epochs", "3", "--ask.rho", "0.5", "--ask.negatives", "none"]
+COMMON += ["--training.epochs", "20", "--knowledge.refresh.warmup_epochs", "3", "--ask.rho", "0.5", "--ask.negatives", "none"]
 COMMON += ["--training.evaluate_every", "0", "--knowledge.drift_probe", "0", "--tracking.enabled", "false"]
 
 
