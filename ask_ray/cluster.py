@@ -34,9 +34,14 @@ def connect_for_sweep(settings: Settings, at_once: int | None) -> None:
 
     The dashboard is there: without it, Ray 2.60 keeps the resources of trials that were stopped.
     """
-    each = _cpus(settings, workers_of_trial(settings))
-    count = at_once or max(1, int((os.cpu_count() or 1) / each))
-    _start(settings, count * (each + TRIAL_CPUS), dashboard=True)
+    _start(
+        settings, (at_once or _on_cores(settings)) * (_cpus(settings, workers_of_trial(settings)) + TRIAL_CPUS), dashboard=True
+    )
+
+
+def _on_cores(settings: Settings) -> int:
+    """How many trials the cores of this machine hold, whatever Ray was told of them."""
+    return max(1, int((os.cpu_count() or 1) / _cpus(settings, workers_of_trial(settings))))
 
 
 def workers_of_trial(settings: Settings) -> int:
@@ -103,7 +108,7 @@ def trials_at_once(settings: Settings) -> int:
             f"{pool.gpus or 0:g} GPU) and {_evaluation_cpus(settings):g} CPU for evaluation; the cluster's nodes hold "
             f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: lower these, or add nodes"
         )
-    return count
+    return count if len(ray.nodes()) > 1 else min(count, _on_cores(settings))
 
 
 def _placed(settings: Settings, nodes: list[dict[str, float]]) -> bool:

@@ -27,6 +27,9 @@ from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, TrialPlan, p
 
 POLL_SECONDS = 0.5
 
+#: Why a trial failed that told no reason.
+PROCESS_DIED = "its process ended without a word: killed, or out of memory"
+
 #: Settings of a sweep that may change when it is continued.
 MAY_CHANGE = ("sweep.concurrent", "sweep.keep", "sweep.name")
 
@@ -66,7 +69,7 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
     with tracking.Recorder(settings, folder, {"sweep": name}) as recorder:
         board = Board(folder, of, recorder, console)
         journal, keeper = Journal.start(f"ask_ray-sweep-{name}")
-        plan = TrialPlan(_recorded(settings), of, folder / "trials", recorder.run_id)
+        plan = TrialPlan(_recorded(settings), of, folder / "trials", recorder.run_id, journal)
         with Watcher(journal, board):
             results = _tuner(plan, file.space, points, at_once, folder, journal).fit()
         ray.kill(keeper)
@@ -178,15 +181,7 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed."""
-        self._journal.tell("failed", trial=trial.trial_id, reason=reason_of(trial.get_error()))
-
-
-def reason_of(error: BaseException | None) -> str:
-    """The innermost message of a trial's failure, in a line."""
-    while error is not None and (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        self._journal.tell("failed", trial=trial.trial_id)
 
 
 class Board:
@@ -197,6 +192,7 @@ class Board:
         self.trials = folder / "trials"
         there = folder.read_json("sweep.json")["trials"] if folder.exists("sweep.json") else []
         self.rows: dict[str, Row] = {row["trial"]: row for row in there}
+        self._reasons = {trial: row["reason"] for trial, row in self.rows.items() if row["reason"]}
 
     def statuses(self) -> list[str]:
         """How the trials stand."""
@@ -212,9 +208,11 @@ class Board:
             self._console.print(
                 f"  {trial} age {event['age']:>3}  {self._of.metric} {outcome.told(self._of.metric, event['value'])}"
             )
+        elif kind == "reason":
+            self._reasons[trial] = event["reason"]
         else:
             status = FAILED if kind == "failed" else FINISHED if event["whole"] else STOPPED
-            self._end(trial, self.rows[trial]["point"], status, event.get("reason", ""))
+            self._end(trial, self.rows[trial]["point"], status)
 
     def settle(self, results: tune.ResultGrid) -> None:
         """Bring the rows in line with what Ray Tune holds at the end: a killed sweep may not have heard of everything."""
@@ -223,15 +221,16 @@ class Board:
             trial, metrics = Path(result.path).name, result.metrics or {}
             row = self.rows.get(trial)
             if result.error is not None:
-                status, reason = FAILED, (row or {}).get("reason") or reason_of(result.error)
-            elif metrics.get(DONE) or (row is not None and row["status"] != RUNNING):
-                status, reason = FINISHED if metrics.get(DONE) else row["status"], ""  # type: ignore[index]
+                status = FAILED
+            elif metrics.get(DONE):
+                status = FINISHED
             else:
-                status, reason = INTERRUPTED, ""
+                status = INTERRUPTED if row is None or row["status"] == RUNNING else row["status"]
             if row is None or row["status"] != status:
-                self._end(trial, point_of(result.config or {}), status, reason)
+                self._end(trial, point_of(result.config or {}), status)
 
-    def _end(self, trial: str, point: Point, status: str, reason: str) -> None:
+    def _end(self, trial: str, point: Point, status: str) -> None:
+        reason = self._reasons.get(trial, PROCESS_DIED) if status == FAILED else ""
         row = self._set(trial, point, status, reason)
         value = "" if row["value"] is None else f": {self._of.metric} {outcome.spread(row, self._of.metric)}"
         self._console.print(f"{trial} [bold]{status}[/]{value}" + (f" ({reason})" if reason else ""), soft_wrap=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ask_ray import experiment, report
 from ask_ray.config import Settings, SweepSettings, flat, with_values
+from ask_ray.journal import Journal
 from ask_ray.storage import Folder
 from ask_ray.tuning.space import Point
 
@@ -32,13 +33,15 @@ PARENT_TAG, TRIAL_TAG, STATUS_TAG, REASON_TAG = "mlflow.parentRunId", "sweep.tri
 class TrialPlan:
     """What a sweep hands to every trial.
 
-    settings: shared by all, fitted to the cluster; trials: the folder of their runs; parent: the sweep's MLflow run, if any.
+    settings: shared by all, fitted to the cluster; trials: the folder of their runs; parent: the sweep's MLflow run, if any;
+    journal: the sweep's.
     """
 
     settings: Settings
     sweep: SweepSettings
     trials: Folder
     parent: str
+    journal: Journal
 
 
 def run_name(trial: str, seed: int, part: int = 0) -> str:
@@ -101,7 +104,15 @@ def train_trial(config: dict[str, Any], plan: TrialPlan) -> None:
 
     Reported are the figures of an evaluation with `age`, and at the end the metric's mean over the seeds with `whole`.
     """
-    trial, point = tune.get_context().get_trial_id(), point_of(config)
+    trial = tune.get_context().get_trial_id()
+    try:
+        _train(trial, point_of(config), plan)
+    except Exception as error:
+        plan.journal.tell("reason", trial=trial, reason=str(error).strip().split("\n")[0] or type(error).__name__)
+        raise
+
+
+def _train(trial: str, point: Point, plan: TrialPlan) -> None:
     values = []
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         for number, seed in enumerate(plan.sweep.seeds):

@@ -1,0 +1,176 @@
+"""Sweeps with real Ray Tune: what cannot work is refused before the first trial; what is stopped or fails stops nothing else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from sweeps import start, write_space
+
+from ask_ray import tracking
+from ask_ray.config import SettingsError, SweepSettings, load
+from ask_ray.tuning import space, sweep
+
+mlflow = pytest.importorskip("mlflow")
+
+RHO = {"ask.rho": {"grid": [0.5, 0.8]}}
+GRID = {"algorithm": "grid"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweeps")
+
+
+def begin(home: Path, swept: dict[str, Any], of: dict[str, Any], settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = space.read(str(write_space(home, swept, of, settings)))
+    return sweep.sweep(load(found.settings), SweepSettings.model_validate(found.sweep), found, Console(quiet=True))
+
+
+ASK = {"enabled": True, "prototypes": 8}
+
+
+@pytest.mark.parametrize(
+    ("swept", "of", "settings", "message"),
+    [
+        ({"ask.neighbours": {"grid": [5, 64]}}, GRID, {"ask": ASK}, "ask.neighbours: .*64 clips 63 are left"),
+        ({"ask.prototypes": {"grid": [8, 65]}}, GRID, {"ask": ASK}, "ask.prototypes: .*65, but the knowledge base has 64"),
+        (
+            RHO,
+            {**GRID, "metric": "accuracy"},
+            None,
+            "sweep.metric: no run reports 'accuracy'; evaluations report mean_r1, t2a_r1",
+        ),
+        (RHO, GRID, {"training": {"epochs": 3, "evaluate_every": 2}}, "training.evaluate_every is 2: the last of 3 epochs"),
+        (
+            RHO,
+            GRID,
+            {"training": {"epochs": 3, "evaluate_every": 1, "workers": 2, "min_workers": 1, "cpus_per_worker": 1}},
+            "training.min_workers: the trials of a sweep have fixed shares",
+        ),
+        (
+            RHO,
+            GRID,
+            {"training": {"epochs": 3, "evaluate_every": 1, "workers": 4, "cpus_per_worker": 1, "batch_size": 16}},
+            r"sweep: a trial reserves 0.05 CPU for itself, 4 workers x \(1 CPU .* the cluster's nodes hold 4 CPU",
+        ),
+        (RHO, {"algorithm": "pbt", "trials": 64}, None, "pbt trains all of its 64 trials at once, and there is room for"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_trial(home, ray_session, swept, of, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        begin(home, swept if of.get("algorithm") != "pbt" else {"ask.rho": {"uniform": [0.2, 0.8]}}, of, settings)
+    assert not [*home.glob("runs/*/trials")]
+
+
+def test_a_line_is_named_where_one_setting_alone_cannot_work(home, ray_session):
+    with pytest.raises(SettingsError, match=r"space\.yaml:\d+: ask.prototypes: is 65"):
+        begin(home, {"ask.prototypes": {"grid": [8, 65]}}, GRID, {"ask": ASK})
+
+
+def test_without_clips_to_compare_on_there_is_no_sweep(tmp_path, home, ray_session):
+    data = {"soundscapes": {"train": 64, "validation": 0, "test": 20, "seconds": 1.0, "captions": 2}, "shard_clips": 64}
+    with pytest.raises(SettingsError, match="the validation split is empty"):
+        begin(tmp_path, RHO, GRID, {"data": {**data, "prepared": str(tmp_path / "prepared")}})
+
+
+def test_a_name_of_a_run_or_of_another_sweep_is_refused(home, ray_session):
+    runs = home / "runs"
+    (runs / "run").mkdir(parents=True)
+    (runs / "run/settings.yaml").write_text("{}")
+    with pytest.raises(SettingsError, match=r"sweep.name: .*run is a run"):
+        begin(home, RHO, {**GRID, "name": "run"})
+    (runs / "other").mkdir()
+    (runs / "other/space.yaml").write_text(yaml.safe_dump({"space": {"ask.beta": {"grid": [0.1]}}}))
+    with pytest.raises(
+        SettingsError, match=r"sweep.name: .*other is another sweep: space.ask.beta.grid \(\[0.1\] there, None here\)"
+    ):
+        begin(home, RHO, {**GRID, "name": "other"})
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A sweep of 12 trials on two CPUs, a quarter of which diverge, with early stopping: its folder and what it printed."""
+    home = tmp_path_factory.mktemp("swept")
+    rates = {"training.learning_rate": {"grid": [1e-3, 3e-3, 1e-2, 1e30]}, "model.temperature": {"grid": [0.05, 0.07, 0.1]}}
+    file = write_space(home, rates, {**GRID, "early_stopping": True, "grace_epochs": 1, "reduction": 2, "concurrent": 2})
+    job = start(file, "sweep")
+    told, _ = job.communicate(timeout=540)
+    assert job.returncode == 0, told
+    return home / "runs/sweep", told
+
+
+def test_twelve_trials_with_early_stopping_come_to_an_end(swept):
+    folder, told = swept
+    found = json.loads((folder / "sweep.json").read_text())
+    rows = found["trials"]
+    points = {(row["point"]["training.learning_rate"], row["point"]["model.temperature"]) for row in rows}
+    assert len(rows) == len(points) == 12
+    by_status = {status: [row for row in rows if row["status"] == status] for status in ("finished", "stopped early", "failed")}
+    assert sum(map(len, by_status.values())) == 12
+    assert by_status["stopped early"]
+    assert {row["point"]["training.learning_rate"] for row in by_status["failed"]} == {1e30}
+    assert found["best"]["value"] == max(row["value"] for row in by_status["finished"])
+    assert "Best: training.learning_rate" in told
+
+
+def test_a_failed_trial_is_recorded_with_its_reason(swept):
+    rows = json.loads((swept[0] / "sweep.json").read_text())["trials"]
+    for row in rows:
+        assert bool(row["reason"]) == (row["status"] == "failed")
+        assert "not finite" in row["reason"] or row["status"] != "failed"
+
+
+def test_values_are_what_the_runs_reported(swept):
+    folder = swept[0]
+    for row in json.loads((folder / "sweep.json").read_text())["trials"]:
+        if row["value"] is not None:
+            history = json.loads((folder / f"trials/{row['trial']}-seed-0/history.json").read_text())
+            last = [event for event in history if event["kind"] == "epoch"][-1]
+            assert row["value"] == last["mean_r1"] == (last["t2a_r1"] + last["a2t_r1"]) / 2
+            assert (row["status"] == "finished") == (last["epoch"] == 3)
+
+
+def test_only_the_best_trial_keeps_its_weights(swept):
+    folder = swept[0]
+    best = json.loads((folder / "sweep.json").read_text())["best"]["trial"]
+    assert {path.parent.name for path in folder.glob("trials/*/checkpoint_*/model.safetensors")} == {f"{best}-seed-0"}
+
+
+def test_best_yaml_is_the_best_trials_settings(swept):
+    folder = swept[0]
+    best = json.loads((folder / "sweep.json").read_text())["best"]
+    made = load((folder / "best.yaml").read_text())
+    assert made.training.learning_rate == best["point"]["training.learning_rate"]
+    assert made.model.temperature == best["point"]["model.temperature"]
+    assert (made.run.name, made.training.epochs) == (None, 3)
+
+
+def test_every_picture_that_is_told_of_is_there(swept):
+    folder, told = swept
+    names = json.loads((folder / "sweep.json").read_text())["pictures"]
+    assert {"settings.png", "parallel.png"} <= {*names}
+    assert all((folder / "pictures" / name).read_bytes().startswith(b"\x89PNG") and name in told for name in names)
+
+
+def test_each_trial_is_an_mlflow_run_below_the_sweeps(swept):
+    folder = swept[0]
+    client = mlflow.MlflowClient(tracking.uri_of(load({"run": {"storage": str(folder.parent)}})))
+    parent = client.get_run(json.loads((folder / "mlflow.json").read_text())["run_id"])
+    rows = {row["trial"]: row for row in json.loads((folder / "sweep.json").read_text())["trials"]}
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["trials_ended"] == 12
+    found = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    status = {"finished": "FINISHED", "stopped early": "FINISHED", "failed": "FAILED"}
+    assert {run.data.tags["sweep.trial"]: run.info.status for run in found} == {
+        trial: status[row["status"]] for trial, row in rows.items()
+    }
+    for run in found:
+        row = rows[run.data.tags["sweep.trial"]]
+        assert run.data.tags["sweep.status"] == row["status"]
+        assert float(run.data.params["training.learning_rate"]) == row["point"]["training.learning_rate"]
+        assert math.isclose(run.data.metrics.get("mean_r1", -1.0), -1.0 if row["value"] is None else row["value"])
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"sweep.json", "best.yaml", "pictures"}
