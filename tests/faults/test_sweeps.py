@@ -132,4 +132,4 @@ def test_a_population_takes_over_weights_and_finishes(tmp_path):
         history = json.loads((part / "history.json").read_text())
         begun = next(event for event in history if event["kind"] == "began")
         assert 0 < begun["epoch"] < 8  # with the weights of a run that had trained so long
-        assert [event for event in history if event["kind"] == "published"][0]["reason"].startswith("begun from")
+        assert next(event for event in history if event["kind"] == "published")["reason"].startswith("begun from")
