@@ -206,6 +206,11 @@ class ModelSettings(Section):
     text_pooling: Pooling = Field("mean", description=f"how an {HF} text tower's tokens become one vector")
     language: str = Field("eng_Latn", min_length=1, description="sonar: the captions' language, as its tokeniser calls it")
     dim: int = Field(128, ge=2, le=4096, description="d, the width of the shared embedding space")
+    interaction: Literal["cosine", "late"] = Field(
+        "cosine",
+        description="how a clip and a caption meet, cosine: their embeddings; late: also each word its best audio frame and each "
+        "frame its best word, weighted",
+    )
     width: float = Field(1.0, gt=0, le=4, description="scales the hidden widths of towers trained from scratch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the tiny towers and the projection heads")
     max_words: int = Field(48, ge=4, le=512, description="longer captions are cut to this many tokens")

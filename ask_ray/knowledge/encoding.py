@@ -8,7 +8,7 @@ actor encodes which unit, in whatever order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from torch import Tensor
 
 from ask_ray.config import ModelSettings, PoolSettings
 from ask_ray.data.batches import crop, pad
@@ -115,17 +116,27 @@ def encode_batches(
     Returns:
         (clips, d) and (captions, d) float32.
     """
-    waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
     with torch.inference_mode():
-        audio = [
-            model.encode_audio(*(x.to(device) for x in pad(waveforms[start : start + size])))
-            for start in range(0, len(waveforms), size)
-        ]
-        text = [
-            model.encode_text(*(x.to(device) for x in model.tokenise(captions[start : start + size])))
-            for start in range(0, len(captions), size)
-        ]
+        audio = [model.encode_audio(*batch) for batch in batches_of_clips(rows, limit, size, device)]
+        text = [model.encode_text(*batch) for batch in batches_of_captions(model, captions, size, device)]
     return torch.cat(audio).cpu().numpy(), torch.cat(text).cpu().numpy()
+
+
+def batches_of_clips(rows: ClipRows, limit: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Waveforms and lengths of `size` clips at a time, cropped to `limit` samples."""
+    waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
+    for start in range(0, len(waveforms), size):
+        waves, lengths = pad(waveforms[start : start + size])
+        yield waves.to(device), lengths.to(device)
+
+
+def batches_of_captions(
+    model: DualEncoder, captions: list[str], size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and masks of `size` captions at a time."""
+    for start in range(0, len(captions), size):
+        ids, mask = model.tokenise(captions[start : start + size])
+        yield ids.to(device), mask.to(device)
 
 
 class Encoder:

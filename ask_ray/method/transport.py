@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ask_ray.method import interaction
 from ask_ray.method.tensors import at_least_float32, check_positive, check_shape, check_share
 
 SWEEPS_PER_CHECK = 10
@@ -73,7 +74,13 @@ def transport_plan(similarity: Tensor, epsilon: float, iterations: int = 1000, t
 
 
 def potentials(
-    audio: Tensor, text: Tensor, epsilon: float, iterations: int = 1000, tolerance: float = 1e-3, chunk: int = 64
+    audio: Tensor,
+    text: Tensor,
+    epsilon: float,
+    iterations: int = 1000,
+    tolerance: float = 1e-3,
+    chunk: int = 64,
+    tokenwise: Tensor | None = None,
 ) -> Potentials:
     """The entropic plan between N clips and M captions of uniform shares, Q 1 = 1 / N and Qᵀ 1 = 1 / M, by Sinkhorn's sweeps.
 
@@ -86,11 +93,14 @@ def potentials(
         tolerance: stop once no row sum is off by more than this part of its share; column sums are then exact. When
             ``iterations`` run out first, the potentials so far are returned.
         chunk: rows at once, which bounds memory and changes nothing but rounding.
+        tokenwise: ``(N, M)``, on any device: then S is :func:`ask_ray.method.interaction.combined` of both.
 
     Raises:
-        ValueError: widths that differ; an ε, number of iterations or tolerance that is not positive.
+        ValueError: widths or shapes that differ; an ε, number of iterations or tolerance that is not positive.
     """
     check_shape("text", text, (len(text), audio.shape[1]))
+    if tokenwise is not None:
+        check_shape("tokenwise", tokenwise, (len(audio), len(text)))
     check_positive("epsilon", epsilon)
     check_positive("iterations", iterations)
     check_positive("tolerance", tolerance)
@@ -101,7 +111,7 @@ def potentials(
         columns = torch.zeros(len(text), dtype=torch.float64, device=audio.device)
         sweeps, error = 0, torch.inf
         while sweeps < iterations and error > tolerance:
-            of_rows, of_columns = _sweep(audio, text, epsilon, columns, share_of_row, chunk)
+            of_rows, of_columns = _sweep(audio, text, epsilon, columns, share_of_row, chunk, tokenwise)
             sweeps, error = sweeps + 1, float((rows - of_rows).expm1().abs().max())
             if error > tolerance:
                 rows, columns = of_rows, share_of_column - of_columns
@@ -146,13 +156,19 @@ def realigned_logits(similarity: Tensor, plan: Tensor, beta: float) -> Tensor:
     return (1 - beta) * similarity + beta * plan
 
 
-def _sweep(audio: Tensor, text: Tensor, epsilon: float, columns: Tensor, share: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _sweep(
+    audio: Tensor, text: Tensor, epsilon: float, columns: Tensor, share: Tensor, chunk: int, tokenwise: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Row potentials (N,) that make row sums right, and with them log Σ exp(S / ε + f) of every column, (M,)."""
     rows, summed = columns.new_empty(len(audio)), torch.full_like(columns, -torch.inf)
-    for some, of in zip(audio.split(chunk), rows.split(chunk), strict=True):
-        scores = (some @ text.T).double() / epsilon
-        of.copy_(share - (scores + columns).logsumexp(dim=1))
-        torch.logaddexp(summed, (scores + of[:, None]).logsumexp(dim=0), out=summed)
+    for start in range(0, len(audio), chunk):
+        mine = slice(start, start + chunk)
+        similarity = audio[mine] @ text.T
+        if tokenwise is not None:
+            similarity = interaction.combined(similarity, tokenwise[mine].to(similarity.device))
+        scores = similarity.double() / epsilon
+        rows[mine] = share - (scores + columns).logsumexp(dim=1)
+        torch.logaddexp(summed, (scores + rows[mine, None]).logsumexp(dim=0), out=summed)
     return rows, summed
 
 

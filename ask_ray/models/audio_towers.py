@@ -10,17 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ask_ray.data.frontend import PANNS_MEL, LogMel, SpecAugment, tiny_mel, valid
-from ask_ray.models.pooling import masked_max, masked_mean
+from ask_ray.models.pooling import Encoded, masked_max, masked_mean
 
 
 class AudioTower(nn.Module):
-    """A tower: `width` is the length of its vectors, `sample_rate` the Hz it hears at."""
+    """A tower.
+
+    width: the length of its vectors; token_width: of those of single frames or patches, None if it makes none; sample_rate: the
+    Hz it hears at.
+    """
 
     width: int
+    token_width: int | None = None
     sample_rate: int
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """(B, S) float32 waveforms of full scale 1 and (B,) int64 lengths in samples -> (B, width)."""
+        return self.encode(waveforms, lengths).vectors
+
+    def encode(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
+        """Arguments as for :meth:`forward`; what is made of a clip depends neither on its batch nor on its padding."""
         raise NotImplementedError
 
 
@@ -37,7 +46,7 @@ class TinyAudio(AudioTower):
         self.front = LogMel(tiny_mel(sample_rate))
         self.augment = SpecAugment(freq_mask, time_mask)
         self.sample_rate = sample_rate
-        self.width = channels(192, width)
+        self.width = self.token_width = channels(192, width)
         first, second, third = (channels(count, width) for count in (48, 64, 128))
         self.stages = nn.ModuleList(
             [_Stage(1, first, (5, 7), (2, 4)), _Stage(first, second, (3, 3), (2, 2)), _Stage(second, third, (3, 3), (1, 2))]
@@ -49,8 +58,8 @@ class TinyAudio(AudioTower):
         self.norm = nn.LayerNorm(2 * self.width)
         self.pool = nn.Linear(2 * self.width, self.width)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See :meth:`AudioTower.forward`."""
+    def encode(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
+        """See :meth:`AudioTower.encode`."""
         features, frames = self.front(waveforms, lengths)
         # Everyday sounds lie around -35 dB on this scale, with a spread of about 15 dB.
         x = self.augment((features + 35) / 15)[:, None]
@@ -59,7 +68,8 @@ class TinyAudio(AudioTower):
         x = self.fold(x.permute(0, 2, 3, 1).flatten(2))
         mask = valid(frames, x.shape[1])
         x = self.order(x + positions(x.shape[1], self.width, x.device), src_key_padding_mask=~mask)
-        return self.pool(self.norm(torch.cat((masked_mean(x, mask), masked_max(x, mask)), dim=1)))
+        vectors = self.pool(self.norm(torch.cat((masked_mean(x, mask), masked_max(x, mask)), dim=1)))
+        return Encoded(vectors, x, mask)
 
 
 class _Stage(nn.Module):
@@ -131,7 +141,7 @@ class ResNet38(AudioTower):
         self.augment = SpecAugment(freq_mask, time_mask)
         self.sample_rate = PANNS_MEL.sample_rate
         base = channels(64, width)
-        self.width = 32 * base
+        self.width = self.token_width = 32 * base
         self.bn0 = nn.BatchNorm2d(PANNS_MEL.mels)
         self.conv_block1 = _ConvBlock(1, base)
         self.resnet = _Layers(base, (3, 4, 6, 3))
@@ -141,8 +151,8 @@ class ResNet38(AudioTower):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See :meth:`AudioTower.forward`."""
+    def encode(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
+        """See :meth:`AudioTower.encode`."""
         least = (self.LEAST_FRAMES - 1) * PANNS_MEL.hop
         waveforms = functional.pad(waveforms, (0, max(0, least - waveforms.shape[1])))
         # Clips are silenced at their own length here, because they count as `least` samples long from now on.
@@ -155,7 +165,7 @@ class ResNet38(AudioTower):
         over_time, mask = x.x.mean(3).transpose(1, 2), valid(x.frames, x.x.shape[2])
         pooled = masked_mean(over_time, mask) + masked_max(over_time, mask)
         pooled = functional.dropout(pooled, 0.5, self.training)
-        return functional.relu(self.fc1(pooled))
+        return Encoded(functional.relu(self.fc1(pooled)), over_time, mask)
 
     def _drop(self, x: _Spectrum, share: float) -> _Spectrum:
         return _Spectrum(functional.dropout(x.x, share, self.training), x.frames)

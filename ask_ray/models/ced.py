@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ask_ray.data.frontend import CED_MEL, LogMel, SpecAugment, valid
 from ask_ray.models.audio_towers import AudioTower, normalised
-from ask_ray.models.pooling import masked_mean
+from ask_ray.models.pooling import Encoded, masked_mean
 
 #: Attention heads of the published sizes; each is 64 wide.
 HEADS = {"tiny": 3, "mini": 4, "small": 6, "base": 12}
@@ -35,7 +35,7 @@ class Ced(AudioTower):
         self.front = LogMel(CED_MEL)
         self.augment = SpecAugment(freq_mask, time_mask)
         self.sample_rate = CED_MEL.sample_rate
-        self.width = HEAD * heads
+        self.width = self.token_width = HEAD * heads
         self.init_bn = nn.BatchNorm2d(CED_MEL.mels, momentum=0.01)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, self.width, PATCH, PATCH)})
         self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, self.width, 1, CHUNK // PATCH))
@@ -47,8 +47,8 @@ class Ced(AudioTower):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See :meth:`AudioTower.forward`."""
+    def encode(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
+        """See :meth:`AudioTower.encode`."""
         least = (PATCH - 1) * CED_MEL.hop
         waveforms = functional.pad(waveforms, (0, max(0, least - waveforms.shape[1])))
         # Clips are silenced at their own length here, because they count as `least` samples long from now on.
@@ -58,7 +58,8 @@ class Ced(AudioTower):
         chunks, patches = chunked(features, frames)
         x, mask = self._tokens(chunks, patches)
         clips = len(waveforms)
-        return masked_mean(x.view(clips, -1, self.width), mask.view(clips, -1))
+        x, mask = x.view(clips, -1, self.width), mask.view(clips, -1)
+        return Encoded(masked_mean(x, mask), x, mask)
 
     def _tokens(self, chunks: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """(N, T, mels) chunks and the columns of patches (N,) in each -> tokens (N, L, width) and which are true (N, L).

@@ -4,30 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from ask_ray.method.interaction import Tokens, combined, token_scores, token_weights
 from ask_ray.models.audio_towers import AudioTower
+from ask_ray.models.pooling import Encoded
 from ask_ray.models.text_towers import TextTower
 
 #: The learnt temperature stays between these.
 COLDEST, WARMEST = 0.01, 10.0
 
+#: The most that a token is wide in the shared space: ColBERT's width (Khattab and Zaharia 2020, arXiv 2004.12832).
+TOKEN_WIDTH = 128
+
+
+class Encoding(NamedTuple):
+    """A batch in the shared space: vectors (B, d) float32, unit rows; tokens: None without token-wise interaction."""
+
+    vectors: Tensor
+    tokens: Tokens | None
+
 
 class DualEncoder(nn.Module):
-    """Audio and captions in one space of unit vectors; their dot products are cosine similarities."""
+    """Audio and captions in one space of unit vectors; their dot products are cosine similarities.
 
-    def __init__(self, audio: AudioTower, text: TextTower, dim: int, dropout: float, temperature: float) -> None:
-        """`temperature` is τ at the start, brought into [0.01, 10]."""
+    With token-wise interaction, their frames and words are in another such space, at most 128 wide.
+    """
+
+    def __init__(
+        self,
+        audio: AudioTower,
+        text: TextTower,
+        dim: int,
+        dropout: float,
+        temperature: float,
+        token_widths: tuple[int, int] | None = None,
+    ) -> None:
+        """`temperature` is τ at the start, brought into [0.01, 10]; `token_widths` are the towers', if tokens are to interact."""
         super().__init__()
         self.audio = audio
         self.text = text
         self.audio_head = head(audio.width, dim, dropout)
         self.text_head = head(text.width, dim, dropout)
         self.log_temperature = nn.Parameter(torch.tensor(min(max(temperature, COLDEST), WARMEST)).log())
+        self.audio_tokens: TokenHead | None = None
+        self.text_tokens: TokenHead | None = None
+        if token_widths is not None:
+            self.audio_tokens, self.text_tokens = (TokenHead(width, dim) for width in token_widths)
 
     @property
     def temperature(self) -> Tensor:
@@ -52,9 +80,49 @@ class DualEncoder(nn.Module):
         """(B, L) int64 ids and bool mask from :attr:`tokenise` -> (B, d) float32 unit vectors."""
         return unit(self.text_head(self.text(ids, mask)))
 
-    def forward(self, waveforms: Tensor, lengths: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def audio_encoding(self, waveforms: Tensor, lengths: Tensor) -> Encoding:
+        """Arguments and vectors as for :meth:`encode_audio`, with the frames if they interact."""
+        return _encoding(self.audio.encode(waveforms, lengths), self.audio_head, self.audio_tokens)
+
+    def text_encoding(self, ids: Tensor, mask: Tensor) -> Encoding:
+        """Arguments and vectors as for :meth:`encode_text`, with the words if they interact."""
+        return _encoding(self.text.encode(ids, mask), self.text_head, self.text_tokens)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor, ids: Tensor, mask: Tensor) -> tuple[Encoding, Encoding, Tensor]:
         """Both encodings and :attr:`scale` in one call, as data-parallel wrappers need it."""
-        return self.encode_audio(waveforms, lengths), self.encode_text(ids, mask), self.scale
+        return self.audio_encoding(waveforms, lengths), self.text_encoding(ids, mask), self.scale
+
+
+class TokenHead(nn.Module):
+    """A tower's tokens in the shared space, and how much each counts: at first all alike."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, min(dim, TOKEN_WIDTH))
+        self.weigh = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.weigh.weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tokens:
+        """(B, L, width) and (B, L) bool -> unit vectors (B, L, d) and weights (B, L) in float32."""
+        x = self.norm(tokens.masked_fill(~mask[..., None], 0))
+        return Tokens(functional.normalize(self.project(x).float(), dim=2), token_weights(self.weigh(x)[..., 0], mask), mask)
+
+
+def _encoding(made: Encoded, vector_head: nn.Module, token_head: TokenHead | None) -> Encoding:
+    if token_head is None:
+        return Encoding(unit(vector_head(made.vectors)), None)
+    assert made.tokens is not None
+    assert made.mask is not None
+    return Encoding(unit(vector_head(made.vectors)), token_head(made.tokens, made.mask))
+
+
+def scores(audio: Encoding, text: Encoding) -> Tensor:
+    """(A, B) float32: what ranks B captions for A clips, and the reverse."""
+    similarity = audio.vectors @ text.vectors.T
+    if audio.tokens is None or text.tokens is None:
+        return similarity
+    return combined(similarity, token_scores(audio.tokens, text.tokens))
 
 
 def head(width: int, dim: int, dropout: float) -> nn.Sequential:

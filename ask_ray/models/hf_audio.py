@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ask_ray.models.audio_towers import AudioTower
-from ask_ray.models.pretrained import Origin, pooled, read_config, read_extractor, read_model, settle
+from ask_ray.models.pooling import Encoded
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_extractor, read_model, settle, states_of
 from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -48,31 +50,46 @@ class HfAudio(AudioTower):
         self.model, lacking = read_model(AutoModel, read_config(origin), origin, "audio_model")
         least = round(LEAST_SECONDS * self.sample_rate)
         with torch.enable_grad():
-            probe = self.eval()(torch.zeros(1, least), torch.tensor([least]))
-        settle(self.model, probe, lacking, origin)
-        self.width = probe.shape[1]
+            probe = self.eval().encode(torch.zeros(1, least), torch.tensor([least]))
+        settle(self.model, probe.vectors, lacking, origin)
+        self.width = probe.vectors.shape[1]
+        self.token_width = None if probe.tokens is None else probe.tokens.shape[2]
         self.train()
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See :meth:`AudioTower.forward`."""
+    def encode(self, waveforms: Tensor, lengths: Tensor) -> Encoded:
+        """See :meth:`AudioTower.encode`. A split clip has the tokens of all its pieces."""
+        heard = self._heard(waveforms, lengths)
+        vectors = torch.stack([torch.stack([vector for vector, _ in own]).mean(0) for own in heard])
+        states = [[state for _, state in own if state is not None] for own in heard]
+        if not states[0]:
+            return Encoded(vectors, None, None)
+        tokens = [torch.cat(own) for own in states]
+        mask = [state.new_ones(len(state), dtype=torch.bool) for state in tokens]
+        return Encoded(vectors, *(nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (tokens, mask)))
+
+    def _heard(self, waveforms: Tensor, lengths: Tensor) -> list[list[tuple[Tensor, Tensor | None]]]:
+        """Of each clip's pieces the vector (width,) and the states (L, token_width)."""
         clips = waveforms.detach().float().cpu()
         pieces = [
             pieces_of(clip[:length], self.window, self.sample_rate) for clip, length in zip(clips, lengths.tolist(), strict=True)
         ]
-        vectors = self._encode([part for parts in pieces for part in parts], waveforms.device)
-        return torch.stack([own.mean(0) for own in vectors.split([len(parts) for parts in pieces])])
+        made = iter(self._encode([part for parts in pieces for part in parts], waveforms.device))
+        return [list(islice(made, len(parts))) for parts in pieces]
 
-    def _encode(self, parts: list[Tensor], device: torch.device) -> Tensor:
-        """(n, width), a row for each waveform of at most a window."""
+    def _encode(self, parts: list[Tensor], device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+        """The same of each waveform of at most a window."""
         features = [self._features(part.numpy()) for part in parts]
         alike: dict[tuple[torch.Size, ...], list[int]] = defaultdict(list)
         for place, found in enumerate(features):
             alike[tuple(tensor.shape for tensor in found.values())].append(place)
-        rows: dict[int, Tensor] = {}
+        rows: dict[int, tuple[Tensor, Tensor | None]] = {}
         for places in alike.values():
             inputs = {key: torch.cat([features[place][key] for place in places]).to(device) for key in features[places[0]]}
-            rows.update(zip(places, pooled(self.model(**inputs), None, self.pooling), strict=True))
-        return torch.stack([rows[place] for place in range(len(parts))])
+            made = self.model(**inputs)
+            states = states_of(made)
+            each = [None] * len(places) if states is None else states
+            rows.update(zip(places, zip(pooled(made, None, self.pooling), each, strict=True), strict=True))
+        return [rows[place] for place in range(len(parts))]
 
     def _features(self, wave: np.ndarray) -> dict[str, Tensor]:
         """The model's inputs for one waveform, each with a batch axis of one."""

@@ -1,9 +1,23 @@
-"""Pooling over the true positions of padded sequences."""
+"""Pooling over the true positions of padded sequences, and what a tower makes of a batch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Encoded(NamedTuple):
+    """A batch as a tower hears or reads it.
+
+    vectors: (B, width), one of each clip or caption; tokens: (B, L, token_width), one of each frame, patch or word, where mask
+    (B, L) bool is true, at least once in every row. Both are None where the model makes nothing but the vectors.
+    """
+
+    vectors: Tensor
+    tokens: Tensor | None
+    mask: Tensor | None
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

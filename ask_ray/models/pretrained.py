@@ -187,7 +187,7 @@ def pooled(output: Any, mask: Tensor | None, pooling: str) -> Tensor:
         pooling: `mean` or `max` over these, `first`, the vector of the first, or `pooler`, the model's own `pooler_output`.
 
     Raises:
-        SettingsError: if the model has no `pooler_output`.
+        SettingsError: if the model has no `pooler_output`, or nothing else.
     """
     if pooling == "pooler":
         if getattr(output, "pooler_output", None) is None:
@@ -195,10 +195,16 @@ def pooled(output: Any, mask: Tensor | None, pooling: str) -> Tensor:
                 "model.audio_pooling, model.text_pooling: the model pools nothing itself; choose mean, max or first"
             )
         return output.pooler_output
-    states = output.last_hidden_state
-    if states.ndim > 3:
-        states = states.flatten(2).transpose(1, 2)
+    states = states_of(output)
+    if states is None:
+        raise SettingsError("model.audio_pooling, model.text_pooling: the model gives its own pooled output alone; choose pooler")
     if pooling == "first":
         return states[:, 0]
     inside = mask if mask is not None else states.new_ones(states.shape[:2], dtype=torch.bool)
     return masked_mean(states, inside) if pooling == "mean" else masked_max(states, inside)
+
+
+def states_of(output: Any) -> Tensor | None:
+    """A model's `last_hidden_state` as (B, L, C), also where it is a picture; None if it gives none."""
+    states = getattr(output, "last_hidden_state", None)
+    return states.flatten(2).transpose(1, 2) if states is not None and states.ndim > 3 else states

@@ -80,4 +80,17 @@ def build(model: ModelSettings, sample_rate: int) -> DualEncoder:
     """
     if model.freq_mask > TINY_MEL.mels:
         raise SettingsError(f"model.freq_mask is {model.freq_mask} but features have {TINY_MEL.mels} mels: lower it")
-    return DualEncoder(audio_tower(model, sample_rate), text_tower(model), model.dim, model.dropout, model.temperature)
+    audio, text, widths = audio_tower(model, sample_rate), text_tower(model), None
+    if model.interaction == "late":
+        widths = _tokens("audio", model.audio, audio.token_width), _tokens("text", model.text, text.token_width)
+    return DualEncoder(audio, text, model.dim, model.dropout, model.temperature, widths)
+
+
+def _tokens(side: str, name: str, width: int | None) -> int:
+    """The width of a tower's tokens."""
+    if width is None:
+        raise SettingsError(
+            f"model.interaction is late, but model.{side}={name} gives one vector for all of its input and no tokens: set "
+            f"model.interaction=cosine, or choose another model.{side}"
+        )
+    return width

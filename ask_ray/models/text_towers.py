@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ask_ray.config import SettingsError
-from ask_ray.models.pooling import masked_mean
-from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_tokenizer, settle
+from ask_ray.models.pooling import Encoded, masked_mean
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_tokenizer, settle, states_of
 from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -29,15 +29,21 @@ WORDS = re.compile(r"\w+")
 class TextTower(nn.Module):
     """A tower.
 
-    width: the length of its vectors; tokenise: captions as ids (B, L) int64 and a mask (B, L) bool, true for tokens, on the CPU,
-    L as long as needed. It holds nothing of the tower, so that it can be handed to other processes.
+    width: the length of its vectors; token_width: of those of single tokens, None if it makes none; tokenise: captions as ids
+    (B, L) int64 and a mask (B, L) bool, true for tokens, on the CPU, L as long as needed. It holds nothing of the tower, so that
+    it can be handed to other processes.
     """
 
     width: int
+    token_width: int | None = None
     tokenise: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) ids and mask, as `tokenise` makes them -> (B, width)."""
+        return self.encode(ids, mask).vectors
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Encoded:
+        """Arguments as for :meth:`forward`; what is made of a caption does not depend on its batch."""
         raise NotImplementedError
 
 
@@ -87,7 +93,7 @@ class TinyText(TextTower):
 
     def __init__(self, width: float, dropout: float, max_words: int) -> None:
         super().__init__()
-        self.width = max(8, round(128 * width / 8) * 8)
+        self.width = self.token_width = max(8, round(128 * width / 8) * 8)
         self.tokenise = HashedWords(self.VOCABULARY, max_words)
         # Words and places start out small and equally strong: with larger words, order is learnt much later.
         self.embed = nn.Embedding(self.VOCABULARY, self.width)
@@ -98,10 +104,10 @@ class TinyText(TextTower):
         )
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(self.width), enable_nested_tensor=False)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """See :meth:`TextTower.forward`."""
-        x = self.embed(ids) + self.place[: ids.shape[1]]
-        return masked_mean(self.layers(x, src_key_padding_mask=~mask), mask)
+    def encode(self, ids: Tensor, mask: Tensor) -> Encoded:
+        """See :meth:`TextTower.encode`."""
+        x = self.layers(self.embed(ids) + self.place[: ids.shape[1]], src_key_padding_mask=~mask)
+        return Encoded(masked_mean(x, mask), x, mask)
 
 
 class Transformer(TextTower):
@@ -115,11 +121,13 @@ class Transformer(TextTower):
         self.encoder = encoder
         self.tokenise = tokenise
         self.pooling = pooling
-        self.width = encoder.config.hidden_size
+        self.width = self.token_width = encoder.config.hidden_size
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """See :meth:`TextTower.forward`."""
-        return pooled(self.encoder(input_ids=ids, attention_mask=mask), mask, self.pooling)
+    def encode(self, ids: Tensor, mask: Tensor) -> Encoded:
+        """See :meth:`TextTower.encode`."""
+        made = self.encoder(input_ids=ids, attention_mask=mask)
+        states = states_of(made)
+        return Encoded(pooled(made, mask, self.pooling), states, None if states is None else mask)
 
 
 def from_scratch(family: str, width: float, max_words: int) -> Transformer:
@@ -179,7 +187,9 @@ def _pretrained(
     model, lacking = read_model(kind, config, origin, "text_model", **options)
     tower = Transformer(model, PublishedTokens(tokenizer, max_words), pooling).eval()
     with torch.enable_grad():
-        settle(model, tower(*tower.tokenise(["a"])), lacking, origin)
+        probe = tower.encode(*tower.tokenise(["a"]))
+        settle(model, probe.vectors, lacking, origin)
+    tower.token_width = None if probe.tokens is None else probe.tokens.shape[2]
     return tower.train()
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ask_ray.config import AskSettings
 from ask_ray.knowledge.replica import Neighbourhood, Reading
-from ask_ray.method import drift, influence, injection, negatives, objective, reliability, transport
-from ask_ray.training.gather import gather, world_size
+from ask_ray.method import drift, influence, injection, interaction, negatives, objective, reliability, transport
+from ask_ray.method.interaction import Tokens
+from ask_ray.training.gather import gather, gather_tokens, world_size
 
 #: Out-of-batch similarities of audio and of text queries, (global B, M) each, or None.
 Extra = tuple[Tensor | None, Tensor | None]
@@ -119,6 +120,7 @@ def step(
     readings: dict[str, Reading],
     queue: Queue | None,
     ask: AskSettings,
+    tokens: tuple[Tokens, Tokens] | None = None,
 ) -> Step:
     """The loss of a global batch, the same on every rank.
 
@@ -128,6 +130,7 @@ def step(
         ids: (global B,) int64 clip numbers.
         readings: the knowledge base's answers to the local batch; empty before it is in use. Transport needs none.
         queue: the cross-batch memory, if it is in use.
+        tokens: of the local batch's clips and captions, with gradient, if they interact.
     """
     audio, text, consistency = u, v, None
     extra: Extra = (None, None)
@@ -139,9 +142,17 @@ def step(
     audio, text = gather(audio), gather(text)
     if queue is not None and queue.ids is not None:
         extra = _queue_negatives(audio, text, ids, queue)
-    loss = _objective(audio, text, scale, consistency, extra, ask)
+    similarity = objective.similarity(audio, text)
+    if tokens is not None:
+        similarity = interaction.combined(similarity, _tokenwise(*tokens))
+    loss = _objective(similarity, scale, consistency, extra, ask)
     means = loss.audio_to_text.detach().mean(), loss.text_to_audio.detach().mean()
     return Step(loss.loss, *means, consistency, gather(u.detach()), gather(v.detach()))
+
+
+def _tokenwise(frames: Tokens, words: Tokens) -> Tensor:
+    """(global B, global B): how clips and captions meet token by token. Each rank computes its own clips' rows."""
+    return gather(interaction.token_scores(frames, gather_tokens(words)))
 
 
 def _knowledge_negatives(u: Tensor, v: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
@@ -168,9 +179,8 @@ def _queue_negatives(audio: Tensor, text: Tensor, ids: Tensor, queue: Queue) -> 
 
 
 def _objective(
-    audio: Tensor, text: Tensor, scale: Tensor, consistency: Tensor | None, extra: Extra, ask: AskSettings
+    similarity: Tensor, scale: Tensor, consistency: Tensor | None, extra: Extra, ask: AskSettings
 ) -> objective.ContrastiveLoss:
-    similarity = objective.similarity(audio, text)
     targets_audio = targets_text = potential = None
     if ask.enabled and ask.beta > 0:
         plan = transport.transport_plan(similarity, ask.epsilon)

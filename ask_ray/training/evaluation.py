@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from ask_ray.data import rarity
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import id_number
-from ask_ray.knowledge.encoding import encode_batches
+from ask_ray.knowledge.encoding import batches_of_captions, batches_of_clips
 from ask_ray.knowledge.replica import Knowledge
-from ask_ray.method import injection, transport
+from ask_ray.method import injection, interaction, transport
+from ask_ray.method.interaction import Packed
 from ask_ray.method.transport import Potentials
-from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.models.dual_encoder import DualEncoder, Encoding
 from ask_ray.training import metrics
 from ask_ray.training.ask import read_knowledge
 from ask_ray.training.gather import gather_objects, world_size
@@ -33,7 +35,8 @@ RESAMPLES, SEED = 1000, 0
 class EncodedSplit:
     """A split's embeddings, in the order of the corpus.
 
-    ids: N clip ids; captions: M texts; audio: (N, d), text: (M, d) float32; owner: (M,) int64, the clip of each caption.
+    ids: N clip ids; captions: M texts; audio: (N, d), text: (M, d) float32; owner: (M,) int64, the clip of each caption;
+    tokenwise: (N, M) float32, how clips and captions meet token by token, mapped from a file; None where only embeddings meet.
     """
 
     ids: list[str]
@@ -41,6 +44,7 @@ class EncodedSplit:
     audio: Tensor
     text: Tensor
     owner: Tensor
+    tokenwise: Tensor | None = None
 
     def size(self) -> dict[str, int]:
         """`n` clips and `m` captions, which every table states."""
@@ -60,7 +64,9 @@ def encode_split(
         if unit % world_size() == rank:
             rows = corpus.read(group)
             captions = [caption for of_clip in rows.captions for caption in of_clip]
-            audio, text = encode_batches(model, rows, captions, limit, size, device)
+            with torch.inference_mode():
+                audio = encoded_rows(model.audio_encoding(*one) for one in batches_of_clips(rows, limit, size, device))
+                text = encoded_rows(model.text_encoding(*one) for one in batches_of_captions(model, captions, size, device))
             parts.append((unit, rows.ids, captions, audio, text, [len(of_clip) for of_clip in rows.captions]))
     model.train(training)
     return _joined([part for of_rank in gather_objects(parts) for part in of_rank], device)
@@ -69,21 +75,56 @@ def encode_split(
 def _joined(parts: list[tuple[Any, ...]], device: torch.device) -> EncodedSplit:
     parts.sort(key=lambda part: part[0])
     counts = [count for part in parts for count in part[5]]
+    audio, text = (EncodedRows.joined([part[side] for part in parts]) for side in (3, 4))
     return EncodedSplit(
         ids=[one for part in parts for one in part[1]],
         captions=[one for part in parts for one in part[2]],
-        audio=torch.from_numpy(np.concatenate([part[3] for part in parts])).to(device),
-        text=torch.from_numpy(np.concatenate([part[4] for part in parts])).to(device),
+        audio=audio.vectors.to(device),
+        text=text.vectors.to(device),
         owner=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device),
+        tokenwise=_tokenwise(audio.tokens, text.tokens, device),
     )
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """Clips or captions on the CPU: vectors (n, d) float32; tokens: None where only embeddings meet."""
+
+    vectors: Tensor
+    tokens: Packed | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+        """The rows of all parts, in their order."""
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return cls(torch.cat([part.vectors for part in parts]), Packed.joined(tokens) if tokens else None)
+
+
+def encoded_rows(encodings: Iterable[Encoding]) -> EncodedRows:
+    """The rows of all batches, in their order; at least one batch."""
+    return EncodedRows.joined(
+        [EncodedRows(one.vectors.cpu(), None if one.tokens is None else Packed.of(one.tokens)) for one in encodings]
+    )
+
+
+def _tokenwise(audio: Packed | None, text: Packed | None, device: torch.device) -> Tensor | None:
+    """(N, M) float32, written to a temporary file that goes with the tensor: all rankings of a split read these scores."""
+    if audio is None or text is None:
+        return None
+    with tempfile.TemporaryFile() as file:
+        with torch.inference_mode():
+            for rows in interaction.score_rows(audio, text, device):
+                file.write(rows.numpy().tobytes())
+        file.flush()
+        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=(len(audio), len(text))))
+
+
 def ranked(encoded: EncodedSplit, of_clips: Tensor | None = None, of_captions: Tensor | None = None) -> dict[str, Ranked]:
-    """`t2a` and `a2t`, query by query, by cosine similarity plus what a clip (N,) or a caption (M,) is given."""
+    """`t2a` and `a2t`, query by query, by the model's scores plus what a clip (N,) or a caption (M,) is given."""
     arguments = (encoded.audio, encoded.text, encoded.owner)
     return {
-        "t2a": metrics.text_to_audio(*arguments, bias=of_clips),
-        "a2t": metrics.audio_to_text(*arguments, bias=of_captions),
+        "t2a": metrics.text_to_audio(*arguments, bias=of_clips, tokenwise=encoded.tokenwise),
+        "a2t": metrics.audio_to_text(*arguments, bias=of_captions, tokenwise=encoded.tokenwise),
     }
 
 
@@ -91,9 +132,9 @@ def ranked_by_plan(encoded: EncodedSplit, epsilon: float) -> tuple[dict[str, Ran
     """Ranked by the entropic transport plan between all clips and all captions of the split, of uniform shares.
 
     Transductive: how a query ranks depends on the other queries, so these figures are not comparable with those by cosine
-    (m-LTM, arXiv 2405.10084). Along a query, the plan S / ε + f + g ranks as the cosine plus ε times the candidates' potential.
+    (m-LTM, arXiv 2405.10084). Along a query, the plan S / ε + f + g ranks as S plus ε times the candidates' potential.
     """
-    found = transport.potentials(encoded.audio, encoded.text, epsilon)
+    found = transport.potentials(encoded.audio, encoded.text, epsilon, tokenwise=encoded.tokenwise)
     return ranked(encoded, *((epsilon * side).float() for side in (found.rows, found.columns))), found
 
 
@@ -141,14 +182,15 @@ def flat_figures(ways: dict[str, dict[str, float]]) -> dict[str, float]:
 def injected(encoded: EncodedSplit, knowledge: Knowledge, ask: AskSettings) -> EncodedSplit:
     """The split with knowledge mixed into every clip and every caption, as in training.
 
-    A clip has no caption of its own at query time and the reverse, so neighbours are weighed by their own modality alone.
+    A clip has no caption of its own at query time and the reverse, so neighbours are weighed by their own modality alone. How
+    tokens meet stays as it is.
     """
     alone = ask.model_copy(update={"reliability": "off"})
     owner = encoded.owner.cpu()
     numbers = torch.tensor([id_number(one) for one in encoded.ids], dtype=torch.int64)
     audio = [_inject(rows, ids, knowledge, alone)[0] for rows, ids in _chunked(encoded.audio, numbers)]
     text = [_inject(rows, ids, knowledge, alone)[1] for rows, ids in _chunked(encoded.text, numbers[owner])]
-    return EncodedSplit(encoded.ids, encoded.captions, torch.cat(audio), torch.cat(text), encoded.owner)
+    return replace(encoded, audio=torch.cat(audio), text=torch.cat(text))
 
 
 def _chunked(rows: Tensor, ids: Tensor, size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ask_ray.config import Settings, SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.knowledge.sources import entries_of
+from ask_ray.models.dual_encoder import TOKEN_WIDTH
 
 #: Bytes that training keeps for a parameter: the weight, its gradient and AdamW's two moments, in float32.
 PER_PARAMETER = 16
@@ -18,8 +20,9 @@ class Forecast:
     """What a run on a corpus will take; sizes are those of data that stay, and activations come on top.
 
     clips: to train on; steps_per_epoch, steps: of the optimiser; entries: N of the knowledge base, at most, 0 without one;
-    parameters: of both towers, trainable and frozen; worker_bytes: of memory for each worker; node_bytes: for all workers of a
-    node together, which map one copy of the knowledge base.
+    parameters: of both towers, trainable and frozen; token_bytes: of the tokens of the larger split that is evaluated on;
+    worker_bytes: of memory for each worker, these among them; node_bytes: for all workers of a node together, which map one copy
+    of the knowledge base.
     """
 
     clips: int
@@ -27,21 +30,29 @@ class Forecast:
     steps: int
     entries: int
     parameters: int
+    token_bytes: int
     worker_bytes: int
     node_bytes: int
 
 
-def forecast(settings: Settings, corpus: Corpus, parameters: int) -> Forecast:
-    """The forecast of a run with :func:`ask_ray.cluster.fitted` settings and towers of so many parameters."""
+def forecast(settings: Settings, corpus: Corpus, parameters: int, frames: int = 0) -> Forecast:
+    """The forecast of a run with :func:`ask_ray.cluster.fitted` settings and :class:`ask_ray.training.trainer.Towers`."""
     training, clips = settings.training, corpus.clips("train")
     per_epoch = clips // (training.workers or 1) // training.batch_size
     entries = entries_of(settings.knowledge, corpus.folder.uri) if settings.ask.enabled else 0
     waveforms = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
-    own, shared = PER_PARAMETER * parameters + waveforms, _knowledge_bytes(settings, entries)
+    tokens = max(_token_bytes(settings, corpus, split, frames) for split in ("validation", "test")) if frames else 0
+    own, shared = PER_PARAMETER * parameters + waveforms + tokens, _knowledge_bytes(settings, entries)
     corrections = settings.knowledge.corrections
     if corrections.write_back or corrections.drift_map:  # then each worker changes a copy of its own
         own, shared = own + shared, 0
-    return Forecast(clips, per_epoch, training.epochs * per_epoch, entries, parameters, own, shared)
+    return Forecast(clips, per_epoch, training.epochs * per_epoch, entries, parameters, tokens, own, shared)
+
+
+def _token_bytes(settings: Settings, corpus: Corpus, split: str, frames: int) -> int:
+    """Of a split's tokens, at most: all clips as long as they may be, all captions as many as the most that a clip has."""
+    tokens = corpus.clips(split) * frames + corpus.entries(split, sys.maxsize) * settings.model.max_words
+    return tokens * (2 * min(settings.model.dim, TOKEN_WIDTH) + 4)
 
 
 def _knowledge_bytes(settings: Settings, entries: int) -> int:
@@ -63,7 +74,8 @@ def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:
     if room < workers:
         raise SettingsError(
             f"training.workers: each of {workers} workers keeps {made.worker_bytes / 2**30:.1f} GiB ({made.parameters:,} "
-            f"parameters with optimiser, cached waveforms), their nodes {made.node_bytes / 2**30:.1f} GiB of {made.entries:,} "
-            f"knowledge entries; the cluster holds {sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower "
-            "training.workers, model.dim, data.cache_mib or the knowledge sources, or add nodes"
+            f"parameters with optimiser, cached waveforms, {made.token_bytes / 2**30:.1f} GiB of tokens), their nodes "
+            f"{made.node_bytes / 2**30:.1f} GiB of {made.entries:,} knowledge entries; the cluster holds "
+            f"{sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower training.workers, model.dim, data.cache_mib or the "
+            "knowledge sources, or add nodes"
         )

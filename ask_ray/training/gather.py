@@ -8,6 +8,9 @@ import torch
 import torch.distributed
 import torch.distributed.nn
 from torch import Tensor
+from torch.nn import functional
+
+from ask_ray.method.interaction import Tokens
 
 
 def world_size() -> int:
@@ -29,10 +32,25 @@ def gather(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     if tensor.requires_grad:
-        return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
+        gathered = torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
+        # PyTorch's backward pass over Gloo copies a transposed gradient as if its rows were contiguous.
+        gathered.register_hook(Tensor.contiguous)
+        return gathered
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def gather_tokens(tokens: Tokens) -> Tokens:
+    """All ranks' rows as :func:`gather`, filled up with padding to the most tokens that a row of any rank has."""
+    if world_size() == 1:
+        return tokens
+    more = -agree_on_least(-tokens.mask.shape[1], tokens.mask.device) - tokens.mask.shape[1]
+    return Tokens(
+        gather(functional.pad(tokens.vectors, (0, 0, 0, more))),
+        gather(functional.pad(tokens.weights, (0, more))),
+        gather(functional.pad(tokens.mask, (0, more))),
+    )
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ask_ray.method import interaction
+
 #: The figures of a direction, in the order of the field's tables.
 FIGURES = ("r1", "r5", "r10", "map10", "median_rank", "mean_rank")
 CUTOFFS = (1, 5, 10)
@@ -64,7 +66,14 @@ class Ranked:
         return {name: (float(low[n]), float(high[n])) for n, name in enumerate(FIGURES)}
 
 
-def text_to_audio(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Ranked:
+def text_to_audio(
+    audio: Tensor,
+    text: Tensor,
+    owner: Tensor,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    tokenwise: Tensor | None = None,
+) -> Ranked:
     """Rank all clips for every caption.
 
     Args:
@@ -73,23 +82,37 @@ def text_to_audio(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | Non
         owner: (M,) int64, the clip that each caption describes.
         bias: (N,), added to every clip's scores; unset: none, so the cosine ranks.
         chunk: queries scored at once; unset: as :data:`CELLS` allows. Memory depends on it, ranks do not.
+        tokenwise: (N, M) scores of :func:`ask_ray.method.interaction.token_scores`, on any device; then what ranks is
+            :func:`ask_ray.method.interaction.combined`.
     """
-    return rank_of_right(text, audio, owner, bias, chunk)
+    return rank_of_right(text, audio, owner, bias, chunk, None if tokenwise is None else tokenwise.T)
 
 
 def rank_of_right(
-    queries: Tensor, candidates: Tensor, right: Tensor, bias: Tensor | None = None, chunk: int | None = None
+    queries: Tensor,
+    candidates: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    tokenwise: Tensor | None = None,
 ) -> Ranked:
-    """Rank candidates (C, d) for queries (Q, d) that have one right candidate each: right (Q,) int64. Others as for
-    :func:`text_to_audio`."""
+    """Rank candidates (C, d) for queries (Q, d) that have one right candidate each: right (Q,) int64; tokenwise: (Q, C). Others
+    as for :func:`text_to_audio`."""
     rank = np.empty(len(queries), np.int64)  # made at once: small results kept between large ones would tear the heap
-    for mine, scores in _scores(queries, candidates, bias, chunk):
+    for mine, scores in _scores(queries, candidates, bias, chunk, tokenwise):
         # The right candidate itself is counted for the one that every rank begins with.
         rank[mine] = _not_lower(scores, scores.gather(1, right[mine, None])).cpu()
     return Ranked(rank, np.where(rank <= 10, 1 / rank, 0.0))
 
 
-def audio_to_text(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Ranked:
+def audio_to_text(
+    audio: Tensor,
+    text: Tensor,
+    owner: Tensor,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    tokenwise: Tensor | None = None,
+) -> Ranked:
     """Rank all captions for every clip; arguments as for :func:`text_to_audio`, bias: (M,).
 
     Raises:
@@ -101,7 +124,7 @@ def audio_to_text(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | Non
     by_clip, first = owner.argsort(stable=True), counts.cumsum(0) - counts
     most = torch.arange(int(counts.max()), device=owner.device)
     best, precision = np.empty(len(audio), np.int64), np.empty(len(audio), np.float64)
-    for mine, scores in _scores(audio, text, bias, chunk):
+    for mine, scores in _scores(audio, text, bias, chunk, tokenwise):
         there = most < counts[mine, None]
         columns = by_clip[torch.where(there, first[mine, None] + most, first[mine, None])]
         ranks = _ranks_of_right(scores, scores.gather(1, columns), there)
@@ -110,12 +133,16 @@ def audio_to_text(audio: Tensor, text: Tensor, owner: Tensor, bias: Tensor | Non
     return Ranked(best, precision)
 
 
-def _scores(queries: Tensor, candidates: Tensor, bias: Tensor | None, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+def _scores(
+    queries: Tensor, candidates: Tensor, bias: Tensor | None, chunk: int | None, tokenwise: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
     """Some queries at a time, and their (q, C) scores."""
     size = chunk or max(1, CELLS // len(candidates))
     for start in range(0, len(queries), size):
         mine = slice(start, start + size)
         scores = queries[mine] @ candidates.T
+        if tokenwise is not None:
+            scores = interaction.combined(scores, tokenwise[mine].to(scores.device))
         yield mine, scores if bias is None else scores + bias
 
 

@@ -100,13 +100,15 @@ class Stepper:
             TrainingDiverged: before the weights change, if the gradient is not finite.
         """
         with self._autocast:
-            u, v, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
+            audio, text, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
+        u, v = audio.vectors, text.vectors
+        tokens = None if audio.tokens is None else (audio.tokens, text.tokens)
         ids = gather(batch.ids)
         readings = known.read(u.detach(), v.detach(), batch.ids, ids, self._settings.ask) if known is not None else {}
         leaves: list[Tensor] = []
         if watch:
             readings, leaves = ask.watched(readings, ids)
-        made = ask.step(u, v, scale, ids, readings, self.queue, self._settings.ask)
+        made = ask.step(u, v, scale, ids, readings, self.queue, self._settings.ask, tokens)
         figures = {"influence": ask.measured_influence(made.loss, leaves)} if watch else {}
         self.optimizer.zero_grad(set_to_none=True)
         made.loss.backward()

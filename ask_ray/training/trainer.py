@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
+import torch
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -75,17 +76,27 @@ def _scaling(settings: Settings) -> ScalingConfig:
     )
 
 
-def check_towers(settings: Settings) -> int:
-    """Refuse, before a corpus is prepared for them, towers that cannot be built.
+class Towers(NamedTuple):
+    """parameters: of both towers; frames: tokens of a clip of `data.max_seconds`, 0 where only embeddings meet."""
 
-    Returns:
-        how many parameters they have.
+    parameters: int
+    frames: int
+
+
+def check_towers(settings: Settings) -> Towers:
+    """Refuse, before a corpus is prepared for them, towers that cannot be built.
 
     Raises:
         SettingsError, WeightsError: naming the field or the file.
     """
-    model = registry.build(settings.model, settings.data.sample_rate)
-    return sum(parameter.numel() for parameter in model.parameters())
+    model = registry.build(settings.model, settings.data.sample_rate).eval()
+    parameters, frames = sum(parameter.numel() for parameter in model.parameters()), 0
+    if settings.model.interaction == "late":
+        longest = torch.zeros(1, round(settings.data.max_seconds * settings.data.sample_rate))
+        with torch.inference_mode():
+            tokens = model.audio_encoding(longest, torch.tensor([longest.shape[1]])).tokens
+        frames = 0 if tokens is None else tokens.mask.shape[1]
+    return Towers(parameters, frames)
 
 
 def check(settings: Settings, corpus: Corpus) -> None:

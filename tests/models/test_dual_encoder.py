@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ask_ray.config import ModelSettings, SettingsError
-from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.models.dual_encoder import DualEncoder, scores
 from ask_ray.models.registry import build
 
 SMALL = ModelSettings(width=0.25, dim=16)
@@ -29,7 +29,9 @@ def clips(rate: int = 16000) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_pair_of_towers_trains(audio: str, text: str, rate: int) -> None:
     model = made(ModelSettings(audio=audio, text=text, width=0.08, dim=16), rate)
     assert all(module.training for module in model.modules())
-    u, v, scale = model(*clips(rate), *model.tokenise(CAPTIONS))
+    audio_made, text_made, scale = model(*clips(rate), *model.tokenise(CAPTIONS))
+    assert audio_made.tokens is text_made.tokens is None
+    u, v = audio_made.vectors, text_made.vectors
     assert u.shape == v.shape == (3, 16)
     assert u.dtype == v.dtype == scale.dtype == torch.float32
     torch.testing.assert_close(u.norm(dim=1), torch.ones(3))
@@ -96,6 +98,64 @@ def test_temperature_stays_in_bounds_and_finds_back() -> None:
         assert model.log_temperature.grad == pytest.approx(-direction * bound)
         optimiser.step()
         assert (model.log_temperature - torch.tensor(bound).log()).abs() != 0.5
+
+
+LATE = SMALL.model_copy(update={"interaction": "late"})
+
+
+def test_tokens_add_few_parameters_after_all_others_and_leave_the_embeddings_alone() -> None:
+    plain, late = made().eval(), made(LATE).eval()
+    more = late.state_dict().keys() - plain.state_dict().keys()
+    assert {name.split(".")[0] for name in more} == {"audio_tokens", "text_tokens"}
+    assert all(torch.equal(value, late.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert sum(late.state_dict()[name].numel() for name in more) < 0.1 * sum(p.numel() for p in plain.parameters())
+    with torch.no_grad():
+        assert torch.equal(late.audio_encoding(*clips()).vectors, plain.encode_audio(*clips()))
+        captions = plain.tokenise(CAPTIONS)
+        assert torch.equal(late.text_encoding(*captions).vectors, plain.encode_text(*captions))
+
+
+@pytest.mark.parametrize("dim", [16, 200])
+def test_tokens_are_unit_vectors_that_count_alike_at_first(dim: int) -> None:
+    model = made(LATE.model_copy(update={"dim": dim}))
+    words, mask = model.tokenise(CAPTIONS)
+    audio, text, _ = model(*clips(), words, mask)
+    assert torch.equal(text.tokens.mask, mask)
+    for side in (audio.tokens, text.tokens):
+        assert side.vectors.shape == (*side.mask.shape, min(dim, 128))
+        assert side.vectors.dtype == side.weights.dtype == torch.float32
+        torch.testing.assert_close(side.vectors.norm(dim=2), torch.ones(side.mask.shape))
+        torch.testing.assert_close(side.weights, side.mask / side.mask.sum(1, keepdim=True))
+    assert scores(audio, text).shape == (3, 3)
+    nn.functional.cross_entropy(scores(audio, text), torch.arange(3)).backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert silent == ["log_temperature"]
+    assert model.audio_tokens.weigh.weight.grad.norm() > 0
+
+
+def test_scores_of_a_batch_are_those_of_its_pairs_one_by_one() -> None:
+    model = made(LATE).eval()
+    nn.init.normal_(model.audio_tokens.weigh.weight)
+    waves, lengths = clips()
+    with torch.no_grad():
+        together = scores(model.audio_encoding(waves, lengths), model.text_encoding(*model.tokenise(CAPTIONS)))
+        for row, (wave, length) in enumerate(zip(waves, lengths, strict=True)):
+            heard = model.audio_encoding(wave[None, :length], length[None])
+            for column, caption in enumerate(CAPTIONS):
+                alone = scores(heard, model.text_encoding(*model.tokenise([caption])))
+                torch.testing.assert_close(together[row, column], alone[0, 0], atol=1e-5, rtol=0)
+
+
+def test_tokens_of_a_tower_that_makes_none_are_refused(pooler_only) -> None:
+    settings = ModelSettings(width=0.1, dim=16, text=f"hf:{pooler_only}", text_pooling="pooler", interaction="late")
+    with pytest.raises(
+        SettingsError, match=r"model\.interaction is late, but model\.text=hf:.*no tokens: set model\.interaction"
+    ):
+        build(settings, 8000)
+    model = build(settings.model_copy(update={"interaction": "cosine"}), 8000)
+    assert model.encode_text(*model.tokenise(["a dog barks"])).shape == (1, 16)
+    with pytest.raises(SettingsError, match="choose pooler"):
+        build(settings.model_copy(update={"text_pooling": "mean"}), 8000)
 
 
 def test_a_corpus_at_another_rate_is_refused() -> None:

@@ -11,6 +11,7 @@ from ask_ray.config import AskSettings, ModelSettings, Settings, SettingsError, 
 from ask_ray.data.batches import Batch
 from ask_ray.models import registry
 from ask_ray.models.audio_towers import AudioTower
+from ask_ray.models.pooling import Encoded
 from ask_ray.models.text_towers import TextTower
 from ask_ray.training.step import Stepper
 
@@ -74,6 +75,10 @@ def test_a_batch_of_clips_gives_what_they_give_one_by_one_and_gives_it_again(aud
         together = audio(waves, lengths)
         alone = [audio(wave[None, :length], length[None])[0] for wave, length in zip(waves, lengths, strict=True)]
         assert torch.equal(audio(waves, lengths), together)
+        made = audio.encode(waves, lengths)
+        single = [audio.encode(wave[None, :length], length[None]) for wave, length in zip(waves, lengths, strict=True)]
+    same_tokens(made, single, audio.token_width)
+    assert torch.equal(made.vectors, together)
     assert together.shape == (5, audio.width)
     scale = together.abs().max().clamp(min=1)
     torch.testing.assert_close(together / scale, torch.stack(alone) / scale, atol=1e-5, rtol=1e-5)
@@ -88,9 +93,23 @@ def test_a_batch_of_captions_gives_what_they_give_one_by_one_and_gives_it_again(
         together = text(*tokens)
         alone = torch.cat([text(*text.tokenise([caption])) for caption in CAPTIONS])
         assert torch.equal(text(*tokens), together)
+        made, single = text.encode(*tokens), [text.encode(*text.tokenise([caption])) for caption in CAPTIONS]
+    same_tokens(made, single, text.token_width)
+    assert torch.equal(made.vectors, together)
+    assert torch.equal(made.mask, tokens[1])
     assert together.shape == (len(CAPTIONS), text.width)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert torch.pdist(together).min() > 1e-3
+
+
+def same_tokens(together: Encoded, alone: list[Encoded], width: int) -> None:
+    """Every row of a batch has at least one token, and its tokens are those that it has alone."""
+    scale = together.tokens[together.mask].abs().max().clamp(min=1)
+    assert together.tokens.isfinite().all()
+    for tokens, mask, one in zip(together.tokens, together.mask, alone, strict=True):
+        own = one.tokens[one.mask]
+        assert own.shape == (max(1, int(mask.sum())), width)
+        torch.testing.assert_close(tokens[mask] / scale, own / scale, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("audio", AUDIO, indirect=True)

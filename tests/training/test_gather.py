@@ -17,6 +17,7 @@ from ask_ray.config import AskSettings
 from ask_ray.knowledge import index
 from ask_ray.knowledge.replica import Knowledge
 from ask_ray.knowledge.snapshot import Embeddings, Entries, open_snapshot, publish
+from ask_ray.method.interaction import Tokens, token_weights
 from ask_ray.storage import Folder
 from ask_ray.training import ask
 from ask_ray.training.gather import agree_on_least, gather, gather_objects, tell_all, world_size
@@ -30,21 +31,32 @@ CASES = {
     "all of ASK": AskSettings(rho=0.5, neighbours=4, exclude="self"),
     "excluding the batch": AskSettings(rho=0.5, neighbours=4, exclude="batch", reliability="both"),
     "logits": AskSettings(rho=0.3, neighbours=4, transport="logits", coarse=False, negatives="none"),
+    "late": PLAIN,
+    "late, all of ASK": AskSettings(rho=0.5, neighbours=4, exclude="self"),
 }
 
 
 class Tiny(nn.Module):
-    """A linear encoder of each modality with a learnt temperature."""
+    """A linear encoder of each modality, of wholes and of tokens, with a learnt temperature."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.audio, self.text = nn.Linear(6, DIM), nn.Linear(5, DIM)
         self.log_scale = nn.Parameter(torch.tensor(2.0))
+        self.weigh = nn.Linear(DIM, 1, bias=False)
 
-    def forward(self, audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, audio: Tensor, text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tokens, Tokens]]:
         u, v = functional.normalize(self.audio(audio), dim=1), functional.normalize(self.text(text), dim=1)
-        return u, v, self.log_scale.exp()
+        parts = (self.audio, audio, 4), (self.text, text, 3)
+        return u, v, self.log_scale.exp(), tuple(self.tokens(*part, lengths % most + 1) for *part, most in parts)
+
+    def tokens(self, encoder: nn.Linear, rows: Tensor, lengths: Tensor) -> Tokens:
+        """Up to `lengths` tokens of each row, no more than the longest row of the batch has."""
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        turned = torch.stack([rows.roll(place, 1) for place in range(mask.shape[1])], dim=1)
+        vectors = functional.normalize(encoder(turned), dim=2)
+        return Tokens(vectors, token_weights(self.weigh(vectors)[..., 0], mask), mask)
 
 
 def knowledge(home: Folder) -> Knowledge:
@@ -61,9 +73,10 @@ def knowledge(home: Folder) -> Knowledge:
     return Knowledge(open_snapshot(home, 1, "run", DIM), CPU)
 
 
-def run(settings: AskSettings, known: Knowledge, part: slice) -> list[dict[str, Any]]:
+def run(name: str, known: Knowledge, part: slice) -> list[dict[str, Any]]:
     """Two steps on a part of each batch: the global loss, the data-parallel gradients and what is told."""
-    model = Tiny()
+    model, settings, late = Tiny(), CASES[name], name.startswith("late")
+    model.weigh.requires_grad_(late)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
     queue = ask.Queue(settings.queue) if settings.negatives == "queue" else None
     told = []
@@ -71,12 +84,13 @@ def run(settings: AskSettings, known: Knowledge, part: slice) -> list[dict[str, 
         rng = torch.Generator().manual_seed(number)
         audio, text = torch.randn(BATCH, 6, generator=rng)[part], torch.randn(BATCH, 5, generator=rng)[part]
         own = (torch.randperm(40, generator=rng)[:BATCH])[part]
-        u, v, scale = wrapped(audio, text)
+        lengths = torch.randint(12, (BATCH,), generator=rng).sort().values[part]  # one rank has fewer tokens than the other
+        u, v, scale, tokens = wrapped(audio, text, lengths)
         ids = gather(own)
         read = settings.enabled and queue is None
         readings = known.read(u.detach(), v.detach(), own, ids, settings) if read else {}
         readings, leaves = ask.watched(readings, ids)
-        made = ask.step(u, v, scale, ids, readings, queue, settings)
+        made = ask.step(u, v, scale, ids, readings, queue, settings, tokens if late else None)
         influence = ask.measured_influence(made.loss, leaves)
         model.zero_grad()
         made.loss.backward()
@@ -91,7 +105,7 @@ def run(settings: AskSettings, known: Knowledge, part: slice) -> list[dict[str, 
                 "audio": made.audio,
                 "text": made.text,
                 "influence": influence,
-                **{name: parameter.grad.clone() for name, parameter in model.named_parameters()},
+                **{name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad},
             }
         )
     return told
@@ -103,11 +117,14 @@ def exchange(rank: int) -> dict[str, Any]:
     weighed = rows.clone().requires_grad_()
     gathered = gather(weighed)
     (gathered * torch.arange(12.0).reshape(6, 2)[: len(gathered)]).sum().backward()
+    turned = rows.clone().requires_grad_()
+    (gather(turned).T.contiguous() * torch.arange(12.0).reshape(6, 2)[: len(gathered)].T.contiguous()).sum().backward()
     return {
         "world": world_size(),
         "without gradient": gather(rows.long()),
         "with gradient": gathered.detach(),
         "gradient": weighed.grad,
+        "transposed gradient": turned.grad,
         "objects": gather_objects({"rank": rank}),
         "least": [agree_on_least(5 - rank, CPU), agree_on_least(rank, CPU)],
         "told": [tell_all(f"by {rank}"), tell_all(None if rank == 0 else rank)],
@@ -120,7 +137,7 @@ def child(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=RANKS)
     known = knowledge(Folder.at(str(folder / "knowledge")))
     share = BATCH // RANKS
-    made = {name: run(settings, known, slice(rank * share, (rank + 1) * share)) for name, settings in CASES.items()}
+    made = {name: run(name, known, slice(rank * share, (rank + 1) * share)) for name in CASES}
     torch.save({"steps": made, "exchange": exchange(rank)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -144,7 +161,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_the_loss_and_gradients_of_one_with_the_whole_batch(ranks, folder, name):
-    one = run(CASES[name], knowledge(Folder.at(str(folder / "knowledge"))), slice(None))
+    one = run(name, knowledge(Folder.at(str(folder / "knowledge"))), slice(None))
     for step, expected in enumerate(one):
         for rank in ranks:
             told = rank["steps"][name][step]
@@ -155,17 +172,18 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_with_the_whole_batch(ranks
                 else:
                     torch.testing.assert_close(told[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
         assert float(expected["audio.weight"].norm()) > 1e-3
+        assert not name.startswith("late") or float(expected["weigh.weight"].norm()) > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_influence_is_nothing_without_knowledge_and_something_with_it(ranks, folder, name):
     """Rows that both ranks read count once for each, which bounds the sum over entries from above."""
-    one = run(CASES[name], knowledge(Folder.at(str(folder / "knowledge"))), slice(None))
+    one = run(name, knowledge(Folder.at(str(folder / "knowledge"))), slice(None))
     for step in range(STEPS):
         single = float(one[step]["influence"])
         both = [float(rank["steps"][name][step]["influence"]) for rank in ranks]
         assert both[0] == both[1]
-        if name in ("plain", "queue"):
+        if name in ("plain", "queue", "late"):
             assert single == both[0] == 0
         else:
             assert 0 < single <= both[0] * (1 + 1e-4)
@@ -187,6 +205,7 @@ def test_exchange_between_two_ranks(ranks):
         assert torch.equal(told["without gradient"], rows.long())
         # Both ranks derive the same loss, so a row hears twice its weight; the mean over ranks takes that back.
         assert torch.equal(told["gradient"] / 2, weights[3 * rank : 3 * rank + 3])
+        assert torch.equal(told["transposed gradient"], told["gradient"])
         assert told["objects"] == [{"rank": 0}, {"rank": 1}]
         assert told["least"] == [4, 0]
         assert told["told"] == ["by 0", None]
