@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 
 from ask_ray import experiment, inspection, report
 from ask_ray.config import Settings, SettingsError, load
+from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
+from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint
@@ -316,6 +318,40 @@ def test_search_with_a_recording_ranks_captions(sync_run: dict, write_audio, tmp
     found = inspection.search(str(write_audio(tmp_path / "a.flac", rate=22050, seconds=1.0)), sync_run["folder"], "", 3, quiet())
     assert len(found) == 3
     assert all(caption for _, _, caption in found)
+
+
+def test_a_run_whose_tokens_meet_trains_is_evaluated_and_ranks_its_shortlist_by_them(
+    ray_session: None, home: Path, monkeypatch, write_audio, tmp_path: Path
+) -> None:
+    changes = {"model": {"interaction": "late"}, "training": {"epochs": 2, "workers": 2, "batch_size": 8, "evaluate_every": 1}}
+    result = experiment.run(settings_of(home, run={"name": "late"}, **changes), quiet())
+    epochs = [one for one in json.loads((Path(result["folder"]) / "history.json").read_text()) if one["kind"] == "epoch"]
+    assert epochs[0]["loss"] > epochs[-1]["loss"]
+    opened = inspection.OpenedRun.at(result["folder"])
+    assert opened.model.audio_tokens.weigh.weight.abs().sum() > 0, "the weights were not trained, or not kept"
+    figures = inspection.evaluate(result["folder"], None, "test", transductive=True, console=quiet())
+    assert figures["interaction"] == "late"
+    for way, of in figures["final"].items():
+        assert all(abs(of[name] - result["final"][way][name]) <= 0.05 for name in ("r1", "r10"))
+
+    monkeypatch.setattr(inspection, "SHORTLIST", 6)
+    corpus = Corpus.open(opened.stood.corpus)
+    place = {clip: number for number, clip in enumerate(corpus.ids("train"))}
+    recording = write_audio(tmp_path / "a.flac", rate=16000, seconds=1.0)
+    with torch.inference_mode():
+        asked = opened.model.text_encoding(*opened.model.tokenise(["a dog barks"]))
+        heard = inspection._heard(recording, opened)
+        for query, most in (("a dog barks", 4), (str(recording), 4), ("a dog barks", 9)):
+            found = inspection.search(query, result["folder"], "", most, quiet())
+            assert len({clip for _, clip, _ in found}) == len(found) == most
+            assert [score for score, _, _ in found] == sorted((score for score, _, _ in found), reverse=True)
+            for score, clip, caption in found:
+                if query == "a dog barks":
+                    batch = pad([*corpus.waveforms("train", [place[clip]]).values()])
+                    expected = scores(opened.model.audio_encoding(*batch), asked)
+                else:
+                    expected = scores(heard, opened.model.text_encoding(*opened.model.tokenise([caption])))
+                assert score == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_search_for_a_recording_that_is_not_there_says_so(sync_run: dict) -> None:

@@ -74,7 +74,7 @@ class Packed:
     def rows(self, some: slice, device: torch.device) -> Tokens:
         """Some rows in float32, padded to the longest of them."""
         lengths = self.lengths[some]
-        first = int(self.lengths[: some.start].sum())
+        first = int(self.lengths[: some.indices(len(self))[0]].sum())
         mine = slice(first, first + int(lengths.sum()))
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         vectors = torch.zeros(*mask.shape, self.vectors.shape[1])

@@ -167,6 +167,17 @@ def test_potentials_give_the_plan_of_pot_for_any_number_of_captions(clips: int, 
     assert found.error <= 1e-9
 
 
+def test_scores_of_tokens_are_half_of_what_is_transported():
+    audio, text = captioned(9, 2)
+    tokenwise = torch.rand(len(audio), len(text), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = transport.potentials(audio, text, 0.1, chunk=4, tokenwise=tokenwise)
+    wider = torch.cat([audio, tokenwise], 1) / 2, torch.cat([text, torch.eye(len(text), dtype=torch.float64)], 1)
+    expected = transport.potentials(*wider, 0.1, chunk=4)
+    assert made.sweeps == expected.sweeps
+    torch.testing.assert_close(made.rows, expected.rows)
+    torch.testing.assert_close(made.columns, expected.columns)
+
+
 def test_potentials_of_too_few_sweeps_tell_how_far_off_they_are():
     audio, text = captioned(40, 0)
     found = transport.potentials(audio.float(), text.float(), 0.02, iterations=3)
@@ -179,5 +190,7 @@ def test_potentials_refuse_what_cannot_be():
     audio, text = captioned(3, 0)
     with pytest.raises(ValueError, match="text has shape"):
         transport.potentials(audio, text[:, :5], 0.1)
+    with pytest.raises(ValueError, match="tokenwise has shape"):
+        transport.potentials(audio, text, 0.1, tokenwise=torch.zeros(len(text), len(audio)))
     with pytest.raises(ValueError, match="epsilon must be positive"):
         transport.potentials(audio, text, 0.0)

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from ask_ray.config import AskSettings
 from ask_ray.knowledge.replica import Neighbourhood, Reading
+from ask_ray.method import interaction, transport
+from ask_ray.method.interaction import Tokens
 from ask_ray.training import ask
 
 DIM, BATCH, ENTRIES = 8, 6, 20
@@ -194,6 +196,57 @@ def test_watching_does_not_change_the_loss():
     settings = AskSettings(rho=0.4)
     watched, _ = ask.watched(readings, torch.arange(BATCH))
     assert torch.equal(step(u, v, readings, settings).loss, step(u, v, watched, settings).loss)
+
+
+# --- tokens ---
+
+
+def tokens(seed: int, most: int, dtype: torch.dtype = torch.float32) -> Tokens:
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.arange(most) <= torch.randint(most, (BATCH, 1), generator=rng)
+    weights = interaction.token_weights(torch.randn(BATCH, most, generator=rng, dtype=dtype), mask)
+    vectors = functional.normalize(torch.randn(BATCH, most, DIM, generator=rng, dtype=dtype), dim=2)
+    return Tokens(vectors, weights, mask)
+
+
+def test_tokens_are_half_of_the_similarity_and_what_is_injected_the_other_half():
+    u, v = pairs()
+    sides, readings = (tokens(1, 4), tokens(2, 3)), nearest(u, v)
+    late = interaction.token_scores(*sides)
+    settings = OFF.model_copy(update={"rho": 0.5, "negatives": "knowledge"})
+    made = ask.step(u, v, SCALE, torch.arange(BATCH), readings, None, settings, sides)
+    reads, fine, own = ask.read_knowledge(u, v, readings, settings), readings["fine"], torch.arange(BATCH)
+    injected = functional.normalize(u + reads.audio, dim=1) @ functional.normalize(v + reads.text, dim=1).T
+    texts = torch.einsum("bd,bkd->bk", u, fine.text[fine.by_audio.rows])  # whole embeddings: entries have no tokens
+    audios = torch.einsum("bd,bkd->bk", v, fine.audio[fine.by_text.rows])
+    similarity = (injected + late) / 2
+    expected = [
+        functional.cross_entropy(SCALE * torch.cat([logits, more], 1), own)
+        for logits, more in ((similarity, texts), (similarity.T, audios))
+    ]
+    torch.testing.assert_close(made.loss, sum(expected) / 2)
+    assert torch.equal(made.audio, u.detach())
+
+
+def test_the_plan_is_of_the_whole_similarity():
+    u, v = pairs()
+    sides = tokens(1, 4), tokens(2, 3)
+    similarity = (u @ v.T + interaction.token_scores(*sides)).detach() / 2
+    targets = 0.7 * torch.eye(BATCH) + 0.3 * transport.transport_plan(similarity, OFF.epsilon)
+    made = ask.step(u, v, SCALE, torch.arange(BATCH), {}, None, OFF.model_copy(update={"beta": 0.3}), sides)
+    both = [functional.cross_entropy(SCALE * logits, rows) for logits, rows in ((similarity, targets), (similarity.T, targets.T))]
+    torch.testing.assert_close(made.loss, sum(both) / 2)
+
+
+def test_gradients_through_tokens_and_embeddings_are_those_of_finite_differences():
+    sides = tokens(1, 3, torch.float64), tokens(2, 2, torch.float64)
+
+    def loss(u: Tensor, v: Tensor, frames: Tensor, words: Tensor) -> Tensor:
+        moved = sides[0]._replace(vectors=frames), sides[1]._replace(vectors=words)
+        return ask.step(u, v, SCALE.double(), torch.arange(BATCH), {}, None, OFF, moved).loss
+
+    leaves = [unit(BATCH, 1).double(), unit(BATCH, 2).double(), *(side.vectors for side in sides)]
+    assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
 
 
 # --- queue and drift ---

@@ -12,6 +12,7 @@ from ask_ray.config import Settings, SettingsError, load
 from ask_ray.data import audio
 from ask_ray.data import esc50 as layout
 from ask_ray.data.schema import usable_waveform
+from ask_ray.method import interaction
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.training import classification
@@ -56,6 +57,27 @@ def test_a_class_is_the_mean_of_its_prompts_with_spaces_for_underscores(model):
         with torch.inference_mode():
             prompts = [model.encode_text(*model.tokenise([text]))[0] for text in (f"the sound of {name}", f"{name}!")]
         torch.testing.assert_close(row, functional.normalize(torch.stack(prompts).mean(0), dim=0), atol=1e-5, rtol=0)
+
+
+def test_with_tokens_a_class_is_also_what_its_prompts_words_meet(settings, esc50: Path):
+    torch.manual_seed(0)
+    late = registry.build(settings.model.model_copy(update={"interaction": "late"}), RATE).eval()
+    names, templates = ["dog", "church_bells", "water_drops"], ["the sound of {}", "{}!"]
+    heard = classification.hear(late, layout.read(str(esc50), "--path").clips, settings, CPU)
+    vectors = classification.class_vectors(late, names, templates, CPU)
+    made = classification.class_tokenwise(late, heard, names, templates, CPU)
+    frames = heard.tokens.rows(slice(None), CPU)
+    with torch.inference_mode():
+        for column, name in enumerate(("dog", "church bells", "water drops")):
+            prompts = [late.text_encoding(*late.tokenise([text])).tokens for text in (f"the sound of {name}", f"{name}!")]
+            means = torch.stack([interaction.token_scores(frames, prompt)[:, 0] for prompt in prompts]).mean(0)
+            torch.testing.assert_close(made[:, column], means, atol=2e-3, rtol=0)  # prompts are kept in 16 bits
+    both = (heard.audio @ vectors.T + made) / 2
+    own = torch.tensor([names.index(category) for category in heard.categories])
+    found = classification.classified(heard, names, vectors, made)
+    assert found["accuracy"] == pytest.approx(float((both.argmax(1) == own).float().mean()))
+    forced = classification.classified(heard, names, vectors, 10 * functional.one_hot(own, 3).float())
+    assert forced["accuracy"] == 1
 
 
 def test_figures_are_those_of_scikit_learn():

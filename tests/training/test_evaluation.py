@@ -1,5 +1,7 @@
 """Evaluation: a split encoded in batches is the split encoded one by one, and injection reads the knowledge base."""
 
+from dataclasses import replace
+
 import numpy as np
 import ot
 import pytest
@@ -15,8 +17,9 @@ from ask_ray.data.schema import id_number
 from ask_ray.knowledge import index
 from ask_ray.knowledge.replica import Knowledge
 from ask_ray.knowledge.snapshot import Embeddings, Entries, open_snapshot, publish
+from ask_ray.method import interaction
 from ask_ray.models import registry
-from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.models.dual_encoder import DualEncoder, scores
 from ask_ray.storage import Folder
 from ask_ray.training import evaluation, metrics
 from ask_ray.training.evaluation import EncodedSplit
@@ -175,6 +178,60 @@ def test_a_plan_undoes_a_clip_that_stands_near_to_everything():
     plain, (plan, _) = evaluation.ranked(split), evaluation.ranked_by_plan(split, 0.05)
     assert plain["t2a"].figures()["r1"] < 0.5
     assert plan["t2a"].figures()["r1"] > 0.9
+
+
+# --- token by token ---
+
+
+@pytest.fixture(scope="module")
+def late() -> DualEncoder:
+    """A model whose tokens count differently."""
+    torch.manual_seed(0)
+    made = registry.build(settings_of().model.model_copy(update={"interaction": "late"}), RATE)
+    for head in (made.audio_tokens, made.text_tokens):
+        torch.nn.init.normal_(head.weigh.weight, std=0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def met(late, corpus) -> EncodedSplit:
+    return evaluation.encode_split(late, corpus, "test", settings_of(), CPU)
+
+
+def test_tokens_of_a_split_meet_as_those_of_its_clips_and_captions_do_one_by_one(late, met, corpus):
+    plain = one_by_one(late, corpus, 10.0)
+    late.eval()
+    with torch.inference_mode():
+        captions = [late.text_encoding(*late.tokenise([caption])) for caption in plain.captions]
+        rows = [rows for group in corpus.groups("test") for rows in [corpus.read(group)]]
+        waves = [torch.from_numpy(of.waveform(row).astype(np.float32) / 32768)[None] for of in rows for row in range(len(of))]
+        clips = [late.audio_encoding(wave, torch.tensor([wave.shape[1]])) for wave in waves]
+        alone = torch.tensor([[float(scores(clip, caption)) for caption in captions] for clip in clips])
+    torch.testing.assert_close((met.audio @ met.text.T + met.tokenwise) / 2, alone, atol=5e-4, rtol=0)  # 16 bits are kept
+    assert torch.equal(met.owner, plain.owner)
+
+
+def test_rankings_with_tokens_are_by_both_halves_and_knowledge_changes_one(met, known):
+    whole = ((met.audio @ met.text.T + met.tokenwise) / 2).double()
+    injected = evaluation.injected(met, known, AskSettings(neighbours=3))
+    mixed = ((injected.audio @ injected.text.T + met.tokenwise) / 2).double()
+    assert torch.equal(injected.tokenwise, met.tokenwise)
+    for split, similarity in ((met, whole), (injected, mixed)):
+        ranks = evaluation.ranked(split)["t2a"].rank
+        right = similarity[met.owner, torch.arange(33)]
+        assert np.abs(ranks - (similarity >= right - 1e-7).sum(0).numpy()).max() <= 1
+    assert not torch.allclose(mixed, whole, atol=1e-3)
+    assert not np.array_equal(evaluation.ranked(met)["t2a"].rank, evaluation.ranked(replace(met, tokenwise=None))["t2a"].rank)
+    by_plan, found = evaluation.ranked_by_plan(met, 0.1)
+    assert found.error <= 1e-3
+    expected = whole + 0.1 * found.rows[:, None]
+    assert np.mean(by_plan["t2a"].rank == (expected >= expected[met.owner, torch.arange(33)]).sum(0).numpy()) > 0.9
+
+
+def test_tokens_of_a_split_meet_alike_in_any_chunks(late, met, corpus, monkeypatch):
+    monkeypatch.setattr(interaction.score_rows, "__defaults__", (500,))
+    chunked = evaluation.encode_split(late, corpus, "test", settings_of(), CPU)
+    torch.testing.assert_close(chunked.tokenwise, met.tokenwise, atol=1e-6, rtol=0)
 
 
 def test_what_is_told_has_sizes_queries_and_intervals(encoded):

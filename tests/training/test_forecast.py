@@ -31,6 +31,14 @@ def test_the_forecast_counts_what_training_will_do(small_corpus):
     assert forecast(corrected, small_corpus, PARAMETERS).worker_bytes == made.worker_bytes + made.node_bytes
 
 
+def test_tokens_of_what_is_evaluated_count_too(small_corpus):
+    plain, made = (forecast(SETTINGS, small_corpus, PARAMETERS, frames) for frames in (0, 13))
+    assert plain.token_bytes == 0
+    tokens = 20 * 13 + 20 * 3 * SETTINGS.model.max_words  # 20 test clips with 3 captions each
+    assert made.token_bytes == tokens * (2 * 16 + 4)
+    assert made.worker_bytes == plain.worker_bytes + made.token_bytes
+
+
 def test_without_the_method_nothing_is_kept_of_a_knowledge_base(small_corpus):
     plain = SETTINGS.model_copy(update={"ask": SETTINGS.ask.model_copy(update={"enabled": False})})
     assert forecast(plain, small_corpus, PARAMETERS).entries == 0

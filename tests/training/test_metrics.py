@@ -75,6 +75,20 @@ def test_a_bias_ranks_as_one_more_dimension_does(split, seed):
         assert np.array_equal(way(audio, text, owner, bias).rank, way(*wider, owner).rank)
 
 
+@settings(max_examples=30, deadline=None)
+@given(splits(), st.integers(0, 9), st.integers(1, 20))
+def test_scores_of_tokens_rank_as_more_dimensions_do_in_any_chunks(split, seed, chunk):
+    audio, text, owner = split
+    rng = np.random.default_rng(seed)
+    tokenwise = torch.from_numpy(rng.integers(-3, 4, (len(audio), len(text)))).float()
+    wider = torch.cat([audio, tokenwise], 1), torch.cat([text, torch.eye(len(text))], 1)
+    for way in WAYS:
+        expected = way(*wider, owner)
+        for made in (way(*split, tokenwise=tokenwise), way(*split, chunk=chunk, tokenwise=tokenwise)):
+            assert np.array_equal(made.rank, expected.rank)
+            assert np.array_equal(made.precision, expected.precision)
+
+
 def real(clips: int = 30, noise: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     owner = counted(([1, 5, 3, 2, 12, 1, 5, 5, 4, 2] * clips)[:clips])

@@ -46,6 +46,15 @@ def test_an_enriched_source_gives_more_entries_to_make_prototypes_of(small_corpu
         trainer.check(settings_of(sources, prototypes=most + 1), small_corpus)
 
 
+def test_towers_that_are_built_before_a_run_tell_their_size_and_how_many_frames_a_clip_has():
+    settings = load({"model": {"width": 0.1, "dim": 16}, "data": {"sample_rate": 8000, "max_seconds": 2}})
+    plain = trainer.check_towers(settings)
+    late = trainer.check_towers(settings.model_copy(update={"model": settings.model.model_copy(update={"interaction": "late"})}))
+    assert plain.frames == 0
+    assert late.frames == 26  # 101 frames of 20 ms, in fours
+    assert late.parameters > plain.parameters
+
+
 def test_a_source_that_cannot_be_used_is_refused_only_where_it_is_read(small_corpus, tmp_path):
     with pytest.raises(SettingsError, match=rf"^knowledge\.sources: {tmp_path}"):
         trainer.check(settings_of(["train", str(tmp_path)]), small_corpus)
