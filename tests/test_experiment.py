@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from ask_ray import experiment, inspection, report
-from ask_ray.config import Settings, SettingsError, load
+from ask_ray.config import Settings, SettingsError, UserError, load
 from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
@@ -150,6 +150,33 @@ def test_drift_is_zero_with_a_fresh_knowledge_base_and_not_after_steps(sync_run:
     assert by_epoch[3]["probe_rdm_text"] > 0
     swaps = [event["step"] for event in events if event["kind"] == "swapped"]
     assert swaps == [8, 16, 24], "in sync mode every version is in use at the step that asked for it"
+
+
+def test_a_fork_goes_on_from_another_runs_weights_with_settings_of_its_own(sync_run: dict, home: Path) -> None:
+    begun_from, heard = sync_run["folder"], []
+    settings = settings_of(home, run={"name": "fork", "fork": begun_from}, ask={"rho": 0.3}, training={"epochs": 5})
+    result = experiment.run(settings, quiet(), listen=heard.append)
+    began = next(event for event in heard if event["kind"] == "began")
+    assert (began["epoch"], began["step"]) == (3, 24)
+    assert [event["epoch"] for event in heard if event["kind"] == "epoch"] == [4, 5]
+    assert heard == json.loads((Path(result["folder"]) / "history.json").read_text())
+    first = result["refreshes"][0]
+    assert (first["encoder_step"], first["entries"]) == (24, 128)
+    assert first["reason"] == f"begun from {begun_from}"
+    assert result["steps"] == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"dim": 16}}, r"run.fork: the model of .* is another: model.dim \(32 there, 16 here\)"),
+        ({"training": {"epochs": 1}}, "has no checkpoint"),
+        ({"run": {"name": "no", "fork": "nowhere"}}, "not a run's folder"),
+    ],
+)
+def test_a_run_that_cannot_be_forked_is_refused(sync_run: dict, home: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment.run(settings_of(home, **{"run": {"name": "no", "fork": sync_run["folder"]}, **changes}), quiet())
 
 
 def test_same_settings_and_seed_give_the_same_numbers(sync_run: dict, home: Path) -> None:

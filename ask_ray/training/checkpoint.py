@@ -199,7 +199,8 @@ def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
         raise CheckpointError(f"{run}: not a run's folder ({error}); give <storage>/<name> of a run") from error
     found = [saved for saved, metrics in kept if metrics.get("epoch", 0) < below]  # in the order they were saved
     if not found:
-        raise CheckpointError(f"{run}: the run has no checkpoint yet; wait for its first epoch")
+        wanted = "yet; wait for its first epoch" if below == math.inf else f"of fewer than {below} epochs"
+        raise CheckpointError(f"{run}: the run has no checkpoint {wanted}")
     with found[-1].as_directory() as folder:
         yield Path(folder)
 

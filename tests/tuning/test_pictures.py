@@ -1,0 +1,88 @@
+"""The pictures of a sweep: whole trials in Optuna's terms, importance that is seen, freshness in its order."""
+
+import io
+
+import matplotlib.pyplot as plt
+import optuna
+import pytest
+from matplotlib.image import imread
+from test_outcome import row
+
+from ask_ray.config import Settings, SweepSettings, load
+from ask_ray.storage import Folder
+from ask_ray.tuning import pictures
+from ask_ray.tuning.space import Dimension, Space
+
+RHO = Dimension("ask.rho", "uniform", (0.1, 0.9), 2)
+K = Dimension("ask.neighbours", "lograndint", (2, 33), 3)
+POLICY = Dimension("knowledge.refresh.policy", "grid", ("continuous", "fixed", "static"), 4)
+INTERVAL = Dimension("knowledge.refresh.interval", "grid", (1, 15), 5, {POLICY.key: ("fixed",)})
+NEGATIVES = Dimension("ask.negatives", "choice", ("none", "queue"), 6)
+SPACE = Space("space.yaml", (RHO, K, NEGATIVES))
+REFRESHING = Space("space.yaml", (POLICY, INTERVAL))
+
+
+def drawn(count: int) -> list[dict]:
+    """Trials of SPACE whose value is their ρ."""
+    points = SPACE.drawn(count, 0)
+    return [row(str(number), {"0": point["ask.rho"]}, point=point) for number, point in enumerate(points)]
+
+
+def refreshed() -> list[dict]:
+    """Trials of REFRESHING over two seeds; fresher is better and dearer."""
+    made = []
+    for number, point in enumerate(REFRESHING.grid()):
+        value = 0.1 * number
+        made.append(row(str(number), {"0": value, "1": value + 0.02}, point=point, refresh_seconds=10.0 * number))
+    return made
+
+
+def test_the_study_holds_every_trial_with_a_value_for_every_setting():
+    rows = refreshed()
+    study = pictures.study_of(REFRESHING, Settings(), rows, SweepSettings())
+    assert [trial.value for trial in study.trials] == [one["value"] for one in rows]
+    static = next(trial for trial in study.trials if trial.params[POLICY.key] == "static")
+    assert static.params[INTERVAL.key] == Settings().knowledge.refresh.interval  # what all trials share where it does not apply
+
+
+def test_fanova_finds_the_setting_that_matters():
+    study = pictures.study_of(SPACE, Settings(), drawn(40), SweepSettings())
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    assert optuna.importance.get_param_importances(study, evaluator=evaluator)["ask.rho"] > 0.9
+
+
+def test_all_pictures_of_a_sweep_are_drawn(tmp_path):
+    folder = Folder.at(str(tmp_path))
+    assert pictures.draw(folder, SPACE, Settings(), drawn(8), SweepSettings()) == [
+        "settings.png",
+        "parallel.png",
+        "importance.png",
+    ]
+    assert pictures.draw(folder, REFRESHING, Settings(), refreshed(), SweepSettings())[:2] == ["settings.png", "refreshing.png"]
+    for name in (folder / "pictures").names():
+        pixels = imread(io.BytesIO((folder / "pictures").read(name)))
+        assert min(pixels.shape[:2]) > 200
+        assert pixels[..., :3].std() > 0.05  # not an empty page
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("rows", [[], [row("a", {}, "failed")]], ids=["none", "failed"])
+def test_without_a_value_there_is_no_picture(tmp_path, rows):
+    assert pictures.draw(Folder.at(str(tmp_path)), SPACE, Settings(), rows, SweepSettings()) == []
+
+
+def test_trials_that_are_all_alike_have_no_importance(tmp_path):
+    rows = [one | {"value": 0.5} for one in drawn(8)]
+    assert "importance.png" not in pictures.draw(Folder.at(str(tmp_path)), SPACE, Settings(), rows, SweepSettings())
+
+
+def test_freshness_goes_from_the_stalest_to_the_freshest():
+    figure = pictures._refreshing(Settings(), refreshed(), SweepSettings())
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["static", "T = 15", "T = 1", "continuous"]
+    plt.close(figure)
+
+
+def test_the_interval_of_all_trials_stands_where_none_is_swept():
+    base = load({"knowledge": {"refresh": {"interval": 7}}})
+    assert pictures._label(base, row("a", {"0": 0.1}, point={POLICY.key: "fixed"})) == "T = 7"
