@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from rich.console import Console
 from ask_ray import cluster, experiment, tracking
 from ask_ray.config import Settings, SettingsError, SweepSettings, flat, with_values
 from ask_ray.data.corpus import Corpus
-from ask_ray.journal import START, Journal
+from ask_ray.journal import Journal
 from ask_ray.storage import Folder, masked
 from ask_ray.training import trainer
+from ask_ray.training.forecast import check_memory, forecast
+from ask_ray.training.trainer import Towers
 from ask_ray.tuning import outcome, pictures, search, space
-from ask_ray.tuning.outcome import FAILED, FINISHED, INTERRUPTED, RUNNING, STOPPED, Row
-from ask_ray.tuning.space import Point, Space, SpaceFile, name_of
-from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, TrialPlan, point_of, run_folder, train_trial
-
-POLL_SECONDS = 0.5
-
-#: Why a trial failed that told no reason.
-PROCESS_DIED = "its process ended without a word: killed, or out of memory"
+from ask_ray.tuning.board import Board, Watch, Watcher
+from ask_ray.tuning.outcome import INTERRUPTED
+from ask_ray.tuning.space import Point, Space, SpaceFile
+from ask_ray.tuning.trial import TrialPlan, train_trial
 
 #: Settings of a sweep that may change when it is continued.
 MAY_CHANGE = ("sweep.concurrent", "sweep.keep", "sweep.name")
@@ -45,50 +42,73 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
         KeyboardInterrupt: after Ctrl-C, when the record is written.
     """
     console = console or Console()
-    name = of.name or time.strftime(f"{Path(file.space.file).stem}-%Y%m%d-%H%M%S")
-    trainer.check_towers(settings)
-    search.check_metric(of, settings)
-    file.space.check_bounds(settings)
-    points = space.points_of(file.space, of)
-    for _ in file.space.check_points(settings, points):
-        pass
-    cluster.connect_for_sweep(settings, search.wanted_at_once(of))
-    settings = _fitted(settings)
-    folder = Folder.at(settings.run.storage) / name
-    Folder.at(settings.run.storage).check_writable("run.storage")
-    continued = _check_same(folder, file.space, of, settings)
-    corpus = experiment.prepared(settings, console)
-    at_once = _check_points(file.space, settings, points, corpus)
-    at_once = search.at_once(of, points, at_once)
-    folder.write("space.yaml", yaml.safe_dump(_told(file.space, of, settings), sort_keys=False, allow_unicode=True).encode())
-    console.print(
-        f"{'Continuing' if continued else 'Starting'} sweep [bold]{name}[/] in {folder}: {search.count(of, points)} trials x "
-        f"{len(of.seeds)} seeds, {at_once} trials at once"
-    )
+    checked = _checked(settings, of, file.space, console)
+    folder, settings, name = checked.folder, checked.settings, checked.folder.name
     started = time.time()
     with tracking.Recorder(settings, folder, {"sweep": name}) as recorder:
         board = Board(folder, of, recorder, console)
         journal, keeper = Journal.start(f"ask_ray-sweep-{name}")
         plan = TrialPlan(_recorded(settings), of, folder / "trials", recorder.run_id, journal)
         with Watcher(journal, board):
-            results = _tuner(plan, file.space, points, at_once, folder, journal).fit()
+            results = _tuner(plan, checked, journal).fit()
         ray.kill(keeper)
         board.settle(results)
         board.prune()
-        whole = len(board.rows) >= search.count(of, points) and not any(
-            row["status"] == INTERRUPTED for row in board.rows.values()
-        )
-        found = _finish(settings, of, file.space, board, folder, time.time() - started)
+        found = _finish(checked, of, board, time.time() - started)
         for picture in found["pictures"]:
             recorder.artifact(folder / "pictures", picture, "pictures")
         for kept in ("sweep.json", *(["best.yaml"] if found["best"] else [])):
             recorder.artifact(folder, kept)
         _tell(console, found, folder, file.space, of, recorder)
-        if not whole:
+        if len(board.rows) < search.count(of, checked.points) or INTERRUPTED in board.statuses():
             console.print(f"Interrupted: the same command with --sweep.name {name} goes on", soft_wrap=True)
             raise KeyboardInterrupt
         recorder.end("FINISHED")
     return found
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A sweep that can run: its space, the points that are known before it starts, the settings that all trials share, fitted to
+    the cluster, its folder, and how many trials run at once."""
+
+    space: Space
+    points: list[Point]
+    settings: Settings
+    folder: Folder
+    at_once: int
+
+
+def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Console) -> Checked:
+    """Everything that can be known to be wrong is, before the first trial; the corpus is prepared on the way."""
+    search.check_metric(of, settings)
+    swept.check_bounds(settings)
+    points = space.points_of(swept, of)
+    towers = _check_towers(settings, swept, points)
+    cluster.connect_for_sweep(settings, search.wanted_at_once(of))
+    settings = _fitted(settings)
+    storage = Folder.at(settings.run.storage)
+    storage.check_writable("run.storage")
+    folder = storage / (of.name or time.strftime(f"{Path(swept.file).stem}-%Y%m%d-%H%M%S"))
+    continued = _check_same(folder, swept, of, settings)
+    corpus = experiment.prepared(settings, console)
+    at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus))
+    takes = forecast(settings, corpus, *towers)
+    check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories())
+    folder.write("space.yaml", yaml.safe_dump(_told(swept, of, settings), sort_keys=False, allow_unicode=True).encode())
+    trials = f"{search.count(of, points)} trials x {len(of.seeds)} seeds, {at_once} trials at once"
+    begun = "Continuing" if continued else "Starting"
+    console.print(f"{begun} sweep [bold]{folder.name}[/] in {folder}: {trials}", soft_wrap=True)
+    return Checked(swept, points, settings, folder, at_once)
+
+
+def _check_towers(settings: Settings, swept: Space, points: list[Point]) -> Towers:
+    """Refuse towers that cannot be built, of all points; the shared ones are returned."""
+    shared = trainer.check_towers(settings)
+    models = {made.model.model_dump_json(): made for made in swept.check_points(settings, points) if made.model != settings.model}
+    for made in models.values():
+        trainer.check_towers(made)
+    return shared
 
 
 def _fitted(settings: Settings) -> Settings:
@@ -160,152 +180,17 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
     return at_once
 
 
-class Watch(tune.Callback):
-    """Tells the sweep's journal how trials fare. It is kept with Ray Tune's state, so it holds no more than a name."""
-
-    def __init__(self, journal: Journal, metric: str) -> None:
-        self._journal, self._metric = journal, metric
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial began, or goes on."""
-        self._journal.tell("started", trial=trial.trial_id, point=point_of(trial.config))
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        """A trial was evaluated."""
-        if self._metric in result and not result.get(DONE):
-            self._journal.tell("result", trial=trial.trial_id, age=result[AGE], value=result[self._metric])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial came to its end, or was stopped."""
-        self._journal.tell("ended", trial=trial.trial_id, whole=bool(trial.last_result.get(DONE)))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed."""
-        self._journal.tell("failed", trial=trial.trial_id)
-
-
-class Board:
-    """The rows of a sweep while it runs: kept in ``sweep.json``, told to MLflow and the terminal; losers' weights go."""
-
-    def __init__(self, folder: Folder, of: SweepSettings, recorder: tracking.Recorder, console: Console) -> None:
-        self._folder, self._of, self._recorder, self._console = folder, of, recorder, console
-        self.trials = folder / "trials"
-        there = folder.read_json("sweep.json")["trials"] if folder.exists("sweep.json") else []
-        self.rows: dict[str, Row] = {row["trial"]: row for row in there}
-        self._reasons = {trial: row["reason"] for trial, row in self.rows.items() if row["reason"]}
-
-    def statuses(self) -> list[str]:
-        """How the trials stand."""
-        return [row["status"] for row in self.rows.values()]
-
-    def heed(self, event: Mapping[str, Any]) -> None:
-        """Take in an event of :class:`Watch`."""
-        trial, kind = event["trial"], event["kind"]
-        if kind == "started":
-            self._set(trial, event["point"], RUNNING, "")
-            self._console.print(f"{trial} started: {name_of(event['point'])}", soft_wrap=True)
-        elif kind == "result":
-            self._console.print(
-                f"  {trial} age {event['age']:>3}  {self._of.metric} {outcome.told(self._of.metric, event['value'])}"
-            )
-        elif kind == "reason":
-            self._reasons[trial] = event["reason"]
-        else:
-            status = FAILED if kind == "failed" else FINISHED if event["whole"] else STOPPED
-            self._end(trial, self.rows[trial]["point"], status)
-
-    def settle(self, results: tune.ResultGrid) -> None:
-        """Bring the rows in line with what Ray Tune holds at the end: a killed sweep may not have heard of everything."""
-        for number in range(len(results)):
-            result = results[number]
-            trial, metrics = Path(result.path).name, result.metrics or {}
-            row = self.rows.get(trial)
-            if result.error is not None:
-                status = FAILED
-            elif metrics.get(DONE):
-                status = FINISHED
-            else:
-                status = INTERRUPTED if row is None or row["status"] == RUNNING else row["status"]
-            if row is None or row["status"] != status:
-                self._end(trial, point_of(result.config or {}), status)
-
-    def _end(self, trial: str, point: Point, status: str) -> None:
-        reason = self._reasons.get(trial, PROCESS_DIED) if status == FAILED else ""
-        row = self._set(trial, point, status, reason)
-        value = "" if row["value"] is None else f": {self._of.metric} {outcome.spread(row, self._of.metric)}"
-        self._console.print(f"{trial} [bold]{status}[/]{value}" + (f" ({reason})" if reason else ""), soft_wrap=True)
-        self._record(row)
-        if self._of.algorithm != "pbt":  # its trials take over the weights of others
-            self.prune()
-
-    def _set(self, trial: str, point: Point, status: str, reason: str) -> Row:
-        self.rows[trial] = outcome.row_of(self.trials, trial, point, status, reason, self._of)
-        self._folder.write_json("sweep.json", {"trials": list(self.rows.values())})
-        return self.rows[trial]
-
-    def _record(self, row: Row) -> None:
-        """End the MLflow runs of a trial that cannot do so itself any more, and tell the sweep's run of the best so far."""
-        status = {FINISHED: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED"}.get(row["status"], "KILLED")
-        tags = {STATUS_TAG: row["status"], REASON_TAG: row["reason"]}
-        for seed in self._of.seeds:
-            self._recorder.end_other(run_folder(self.trials, row["trial"], seed), status, tags)
-        best = outcome.best_of([*self.rows.values()], self._of.mode)
-        ended = sum(one["status"] != RUNNING for one in self.rows.values())
-        self._recorder.metrics({"trials_ended": ended} | ({self._of.metric: best["value"]} if best else {}), ended)
-
-    def prune(self) -> None:
-        """Remove weights and knowledge bases of trials that have ended, all but the best."""
-        ended = [row for row in self.rows.values() if row["status"] in (FINISHED, STOPPED, FAILED)]
-        best = [row for row in outcome.ranked(ended, self._of.mode) if row["status"] == FINISHED][: self._of.keep]
-        kept = [run_folder(self.trials, row["trial"], seed).name for row in best for seed in self._of.seeds]
-        for name in self.trials.names() if self.trials.exists() else []:
-            if name not in kept and any(name.startswith(f"{row['trial']}-") for row in ended):
-                prune(self.trials / name)
-
-
-def prune(run: Folder) -> None:
-    """Remove a run's checkpoints and knowledge base; its figures and pictures stay."""
-    for name in run.names() if run.exists() else []:
-        if name == "knowledge" or name.startswith("checkpoint_"):
-            (run / name).delete()
-
-
-class Watcher:
-    """A thread that hands a journal's events to a board while a sweep runs."""
-
-    def __init__(self, journal: Journal, board: Board) -> None:
-        self._journal, self._board = journal, board
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        over, mark = False, START
-        while not over:
-            over = self._over.wait(POLL_SECONDS)
-            new, mark = self._journal.read(mark)
-            for event in new:
-                self._board.heed(event)
-
-
-def _tuner(plan: TrialPlan, swept: Space, points: list[Point], at_once: int, folder: Folder, journal: Journal) -> tune.Tuner:
+def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
     """Ray Tune's tuner: of a sweep that was broken off, the one that it left."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs keep their own records
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # progress is told by the board
     trainable = tune.with_resources(tune.with_parameters(train_trial, plan=plan), {"CPU": cluster.TRIAL_CPUS})
-    filesystem, path = folder.resolve()
+    filesystem, path = checked.folder.resolve()
     if tune.Tuner.can_restore(f"{path}/tune", storage_filesystem=filesystem):
         return tune.Tuner.restore(f"{path}/tune", trainable, resume_unfinished=True, storage_filesystem=filesystem)
     return tune.Tuner(
         trainable,
-        **search.config(plan.sweep, swept, points, at_once, plan.settings.training.epochs),
+        **search.config(plan.sweep, checked.space, checked.points, checked.at_once, plan.settings.training.epochs),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=path,
@@ -316,23 +201,23 @@ def _tuner(plan: TrialPlan, swept: Space, points: list[Point], at_once: int, fol
     )
 
 
-def _finish(settings: Settings, of: SweepSettings, swept: Space, board: Board, folder: Folder, seconds: float) -> dict[str, Any]:
+def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -> dict[str, Any]:
     """Write ``best.yaml``, the pictures and ``sweep.json``."""
+    folder, swept = checked.folder, checked.space
     rows = outcome.ranked([*board.rows.values()], of.mode)
-    best = outcome.best_of(rows, of.mode)
+    best, answer = outcome.best_of(rows, of.mode), outcome.verdict(rows, of)
     if best is not None:
-        told = [f"# {line}" for line in outcome.verdict(rows, of)]
-        document = with_values(settings, best["point"]).to_yaml()
-        folder.write("best.yaml", ("\n".join(told) + "\n" + document).encode())
+        told = "".join(f"# {line}\n" for line in answer)
+        folder.write("best.yaml", (told + with_values(checked.settings, best["point"]).to_yaml()).encode())
     found = {
         "name": folder.name,
         "folder": str(folder),
         "sweep": of.model_dump(mode="json"),
         "swept": list(swept.keys),
         "best": best,
-        "verdict": outcome.verdict(rows, of),
+        "verdict": answer,
         "seconds": seconds,
-        "pictures": pictures.draw(folder, swept, settings, rows, of),
+        "pictures": pictures.draw(folder, swept, checked.settings, rows, of),
         "trials": rows,
     }
     folder.write_json("sweep.json", found)

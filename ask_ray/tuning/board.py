@@ -1,0 +1,161 @@
+"""A sweep while it runs: what Ray Tune tells of its trials, kept, shown and recorded as it comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+
+from ask_ray import tracking
+from ask_ray.config import SweepSettings
+from ask_ray.journal import START, Journal
+from ask_ray.storage import Folder
+from ask_ray.training.checkpoint import PREFIX
+from ask_ray.tuning import outcome
+from ask_ray.tuning.outcome import FAILED, FINISHED, INTERRUPTED, RUNNING, STOPPED, Row
+from ask_ray.tuning.space import Point, name_of
+from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, point_of, run_folder
+
+POLL_SECONDS = 0.5
+
+#: Why a trial failed that told no reason.
+PROCESS_DIED = "its process ended without a word: killed, or out of memory"
+
+
+class Watch(tune.Callback):
+    """Tells the sweep's journal how trials fare. It is kept with Ray Tune's state, so it holds no more than a name."""
+
+    def __init__(self, journal: Journal, metric: str) -> None:
+        self._journal, self._metric = journal, metric
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial began, or goes on."""
+        self._journal.tell("started", trial=trial.trial_id, point=point_of(trial.config))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """A trial was evaluated."""
+        if self._metric in result and not result.get(DONE):
+            self._journal.tell("result", trial=trial.trial_id, age=result[AGE], value=result[self._metric])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial came to its end, or was stopped."""
+        self._journal.tell("ended", trial=trial.trial_id, whole=bool(trial.last_result.get(DONE)))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed."""
+        self._journal.tell("failed", trial=trial.trial_id)
+
+
+class Board:
+    """The rows of a sweep while it runs: kept in ``sweep.json``, told to MLflow and the terminal; losers' weights go."""
+
+    def __init__(self, folder: Folder, of: SweepSettings, recorder: tracking.Recorder, console: Console) -> None:
+        self._folder, self._of, self._recorder, self._console = folder, of, recorder, console
+        self.trials = folder / "trials"
+        there = folder.read_json("sweep.json")["trials"] if folder.exists("sweep.json") else []
+        self.rows: dict[str, Row] = {row["trial"]: row for row in there}
+        self._reasons = {trial: row["reason"] for trial, row in self.rows.items() if row["reason"]}
+
+    def statuses(self) -> list[str]:
+        """How the trials stand."""
+        return [row["status"] for row in self.rows.values()]
+
+    def heed(self, event: Mapping[str, Any]) -> None:
+        """Take in an event of :class:`Watch`."""
+        trial, kind = event["trial"], event["kind"]
+        if kind == "started":
+            self._set(trial, event["point"], RUNNING, "")
+            self._console.print(f"{trial} started: {name_of(event['point'])}", soft_wrap=True)
+        elif kind == "result":
+            self._console.print(
+                f"  {trial} age {event['age']:>3}  {self._of.metric} {outcome.told(self._of.metric, event['value'])}"
+            )
+        elif kind == "reason":
+            self._reasons[trial] = event["reason"]
+        else:
+            status = FAILED if kind == "failed" else FINISHED if event["whole"] else STOPPED
+            self._end(trial, self.rows[trial]["point"], status)
+
+    def settle(self, results: tune.ResultGrid) -> None:
+        """Bring the rows in line with what Ray Tune holds at the end: a killed sweep may not have heard of everything."""
+        for number in range(len(results)):
+            result = results[number]
+            trial, metrics = Path(result.path).name, result.metrics or {}
+            row = self.rows.get(trial)
+            if result.error is not None:
+                status = FAILED
+            elif metrics.get(DONE):
+                status = FINISHED
+            else:
+                status = INTERRUPTED if row is None or row["status"] == RUNNING else row["status"]
+            if row is None or row["status"] != status:
+                self._end(trial, point_of(result.config or {}), status)
+
+    def _end(self, trial: str, point: Point, status: str) -> None:
+        reason = self._reasons.get(trial, PROCESS_DIED) if status == FAILED else ""
+        row = self._set(trial, point, status, reason)
+        value = "" if row["value"] is None else f": {self._of.metric} {outcome.spread(row, self._of.metric)}"
+        self._console.print(f"{trial} [bold]{status}[/]{value}" + (f" ({reason})" if reason else ""), soft_wrap=True)
+        self._record(row)
+        if self._of.algorithm != "pbt":  # its trials take over the weights of others
+            self.prune()
+
+    def _set(self, trial: str, point: Point, status: str, reason: str) -> Row:
+        self.rows[trial] = outcome.row_of(self.trials, trial, point, status, reason, self._of)
+        self._folder.write_json("sweep.json", {"trials": list(self.rows.values())})
+        return self.rows[trial]
+
+    def _record(self, row: Row) -> None:
+        """End the MLflow runs of a trial that cannot do so itself any more, and tell the sweep's run of the best so far."""
+        status = {FINISHED: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED"}.get(row["status"], "KILLED")
+        tags = {STATUS_TAG: row["status"], REASON_TAG: row["reason"]}
+        for seed in self._of.seeds:
+            self._recorder.end_other(run_folder(self.trials, row["trial"], seed), status, tags)
+        best = outcome.best_of([*self.rows.values()], self._of.mode)
+        ended = sum(one["status"] != RUNNING for one in self.rows.values())
+        self._recorder.metrics({"trials_ended": ended} | ({self._of.metric: best["value"]} if best else {}), ended)
+
+    def prune(self) -> None:
+        """Remove weights and knowledge bases of trials that have ended, all but the best."""
+        ended = [row for row in self.rows.values() if row["status"] in (FINISHED, STOPPED, FAILED)]
+        best = [row for row in outcome.ranked(ended, self._of.mode) if row["status"] == FINISHED][: self._of.keep]
+        kept = [run_folder(self.trials, row["trial"], seed).name for row in best for seed in self._of.seeds]
+        for name in self.trials.names() if self.trials.exists() else []:
+            if name not in kept and any(name.startswith(f"{row['trial']}-") for row in ended):
+                prune(self.trials / name)
+
+
+def prune(run: Folder) -> None:
+    """Remove a run's checkpoints and knowledge base; its figures and pictures stay."""
+    for name in run.names() if run.exists() else []:
+        if name == "knowledge" or name.startswith(PREFIX):
+            (run / name).delete()
+
+
+class Watcher:
+    """A thread that hands a journal's events to a board while a sweep runs."""
+
+    def __init__(self, journal: Journal, board: Board) -> None:
+        self._journal, self._board = journal, board
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        over, mark = False, START
+        while not over:
+            over = self._over.wait(POLL_SECONDS)
+            new, mark = self._journal.read(mark)
+            for event in new:
+                self._board.heed(event)
