@@ -16,6 +16,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ask_ray.modality import THINGS, Form, Modality
+
 PRESETS = Path(__file__).parent / "presets"
 
 #: Resources that every node of a Ray cluster may have.
@@ -23,11 +25,15 @@ OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 #: Towers by name; any other of the transformers library is `HF` and its folder or hub id.
 AUDIO_TOWERS = ("tiny", "resnet38", "ced-tiny", "ced-mini", "ced-small", "ced-base")
+IMAGE_TOWERS = ("tiny",)
 TEXT_TOWERS = ("tiny", "bert", "roberta", "sonar")
 HF = "hf:"
 
 #: Of runs and sweeps, which name folders.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+#: Corpora of pictures; all others are of sounds.
+IMAGE_CORPORA = ("coco", "flickr30k")
 
 Pooling = Literal["mean", "max", "first", "pooler"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -128,6 +134,28 @@ class WavCapsSettings(SplitShares):
     test: Share = Field(0.0, description="share of clips held out for testing")
 
 
+class CocoSettings(Section):
+    """COCO's captions and pictures."""
+
+    path: str | None = Field(
+        None,
+        description="folder that holds the pictures and dataset_coco.json, or captions_train2017.json and captions_val2017.json, "
+        "at any depth",
+    )
+    validation: float = Field(
+        0.04,
+        ge=0,
+        lt=1,
+        description="share of train2017 held out for validation; dataset_coco.json tells its own",
+    )
+
+
+class FlickrSettings(Section):
+    """Flickr30k's captions and pictures."""
+
+    path: str | None = Field(None, description="folder that holds the pictures and dataset_flickr30k.json, at any depth")
+
+
 class ParquetSettings(SplitShares):
     """Parquet files with the audio in them, as data sets are kept on the Hugging Face hub."""
 
@@ -141,11 +169,20 @@ class ParquetSettings(SplitShares):
 class DataSettings(Section):
     """The corpus: what it is made from, what a usable clip is, how it is read."""
 
-    corpus: Literal["soundscapes", "folder", "audiocaps", "clotho", "wavcaps", "parquet"] = Field(
-        "soundscapes", description="where recordings and captions come from: the section of that name says more"
+    corpus: Literal["soundscapes", "folder", "audiocaps", "clotho", "wavcaps", "parquet", "coco", "flickr30k"] = Field(
+        "soundscapes",
+        description="where recordings, or of coco and flickr30k pictures, and captions come from: the section of that name says "
+        "more",
     )
     prepared: str = Field("prepared", description="folder or URI that keeps prepared corpora, one sub-folder for each")
     sample_rate: int = Field(16000, ge=4000, le=48000, description="Hz of the prepared mono waveforms")
+    image_size: int = Field(
+        256,
+        ge=16,
+        le=1024,
+        description="pixels of the shorter side of prepared pictures, twice as many of the longer, at most: larger ones are "
+        "shrunk, none is enlarged",
+    )
     min_seconds: float = Field(0.1, gt=0, description="shorter clips are set aside")
     max_seconds: float = Field(
         10.0,
@@ -165,7 +202,7 @@ class DataSettings(Section):
     shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
     prepare_tasks: Count = Field(2, description="preparing tasks at once; each takes one CPU")
     shuffle_clips: Count = Field(8192, description="a worker shuffles its clips in windows of this many")
-    cache_mib: Natural = Field(1024, description="MiB of waveforms a worker keeps in memory")
+    cache_mib: Natural = Field(1024, description="MiB of waveforms or pictures a worker keeps in memory")
     loader_processes: Natural = Field(0, description="processes beside each worker that read batches; 0: the worker does")
     soundscapes: SoundscapeSettings = SoundscapeSettings()
     folder: FolderSettings = FolderSettings()
@@ -173,6 +210,18 @@ class DataSettings(Section):
     clotho: LayoutSettings = LayoutSettings()
     wavcaps: WavCapsSettings = WavCapsSettings()
     parquet: ParquetSettings = ParquetSettings()
+    coco: CocoSettings = CocoSettings()
+    flickr30k: FlickrSettings = FlickrSettings()
+
+    @property
+    def modality(self) -> Modality:
+        """What the corpus' captions describe."""
+        return "image" if self.corpus in IMAGE_CORPORA else "audio"
+
+    @property
+    def form(self) -> Form:
+        """How the corpus is kept when it is prepared."""
+        return Form(self.modality, self.sample_rate if self.modality == "audio" else self.image_size)
 
 
 def _tower(names: Sequence[str]) -> str:
@@ -187,6 +236,12 @@ class ModelSettings(Section):
         "tiny",
         pattern=_tower(AUDIO_TOWERS),
         description=f"audio tower: {', '.join(AUDIO_TOWERS)}, or {HF}PATH-OR-ID, any audio model of the transformers library",
+    )
+    image: str = Field(
+        "tiny",
+        pattern=_tower(IMAGE_TOWERS),
+        description=f"image tower, instead of the audio tower where the corpus is one of pictures: {', '.join(IMAGE_TOWERS)}, or "
+        f"{HF}PATH-OR-ID, any vision model of the transformers library",
     )
     text: str = Field(
         "tiny",
@@ -203,13 +258,14 @@ class ModelSettings(Section):
     audio_pooling: Pooling = Field(
         "mean", description=f"how an {HF} audio tower's frames become one vector; pooler: the model's own pooled output"
     )
+    image_pooling: Pooling = Field("mean", description=f"how an {HF} image tower's patches become one vector")
     text_pooling: Pooling = Field("mean", description=f"how an {HF} text tower's tokens become one vector")
     language: str = Field("eng_Latn", min_length=1, description="sonar: the captions' language, as its tokeniser calls it")
     dim: int = Field(128, ge=2, le=4096, description="d, the width of the shared embedding space")
     interaction: Literal["cosine", "late"] = Field(
         "cosine",
-        description="how a clip and a caption meet, cosine: their embeddings; late: also each word its best audio frame and each "
-        "frame its best word, weighted",
+        description="how a clip and a caption meet, cosine: their embeddings; late: also each word its best audio frame, of a "
+        "picture its best patch, and each of these its best word, weighted",
     )
     width: float = Field(1.0, gt=0, le=4, description="scales the hidden widths of towers trained from scratch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the tiny towers and the projection heads")
@@ -217,6 +273,16 @@ class ModelSettings(Section):
     temperature: float = Field(0.07, gt=0, le=10, description="τ at the start; it is learnt, in [0.01, 10]")
     freq_mask: Natural = Field(8, description="SpecAugment: widest band masked, in mel bins; 0 switches it off")
     time_mask: Natural = Field(16, description="SpecAugment: longest stretch masked, in frames; 0 switches it off")
+    image_crop: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="in training, a window of at least this share of each side of a picture is seen; 1 switches it off",
+    )
+
+    def tower(self, modality: Modality) -> str:
+        """What names the tower of a modality."""
+        return self.audio if modality == "audio" else self.image
 
 
 class AskSettings(Section):
@@ -459,7 +525,9 @@ class Settings(Section):
         if data.min_seconds > data.keep_seconds:
             raise ValueError("data.min_seconds is above data.keep_seconds: no clip could be used")
         if data.corpus != "soundscapes" and getattr(data, data.corpus).path is None:
-            raise ValueError(f"data.corpus={data.corpus} needs data.{data.corpus}.path: the folder that holds the recordings")
+            held = "recordings" if data.modality == "audio" else "pictures"
+            raise ValueError(f"data.corpus={data.corpus} needs data.{data.corpus}.path: the folder that holds the {held}")
+        self._check_modality()
         for name, shares in (("folder", data.folder), ("wavcaps", data.wavcaps), ("parquet", data.parquet)):
             if shares.validation + shares.test >= 1:
                 raise ValueError(f"data.{name}.validation and data.{name}.test leave nothing to train on: lower them")
@@ -493,6 +561,18 @@ class Settings(Section):
         if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
             raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")
         return self
+
+    def _check_modality(self) -> None:
+        """Refuse towers that would not be used: of the modality that the corpus is not of."""
+        data, other = self.data, "image" if self.data.modality == "audio" else "audio"
+        for name in ("", "_pooling", "_weights"):
+            field = ModelSettings.model_fields.get(f"{other}{name}")
+            given = getattr(self.model, f"{other}{name}", None)
+            if field is not None and given != field.default:
+                raise ValueError(
+                    f"model.{other}{name} is {given}, but data.corpus={data.corpus} is a corpus of {THINGS[data.modality]}: set "
+                    f"model.{data.modality} instead, or choose another data.corpus"
+                )
 
     def to_yaml(self) -> str:
         """The settings as a YAML document that ``--config`` reads back."""

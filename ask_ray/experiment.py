@@ -21,6 +21,7 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.journal import START, Journal
 from ask_ray.knowledge.cache import Cache
+from ask_ray.modality import THINGS
 from ask_ray.storage import Folder, masked
 from ask_ray.training import checkpoint, trainer
 from ask_ray.training.forecast import Forecast, check_memory, forecast
@@ -177,7 +178,7 @@ def prepared(settings: Settings, console: Console) -> Corpus:
     counts = ", ".join(f"{corpus.clips(split)} {split}" for split in corpus.manifest["splits"])
     rejected = corpus.rejected()
     aside = f"{sum(rejected.values())} set aside {rejected}, see {corpus.folder / 'rejected'}" if rejected else "none set aside"
-    console.print(f"Corpus {corpus.folder}: {counts} clips; {aside}")
+    console.print(f"Corpus {corpus.folder}: {counts} {THINGS[corpus.form.modality]}; {aside}")
     return corpus
 
 
@@ -187,10 +188,12 @@ def prepare_only(settings: Settings, console: Console | None = None) -> Corpus:
     cluster.connect(settings)
     corpus = prepared(settings, console)
     table = Table(title=str(corpus.folder))
-    for heading in ("split", "clips", "captions", "hours"):
+    audio = corpus.form.modality == "audio"
+    for heading in ("split", THINGS[corpus.form.modality], "captions", *(["hours"] if audio else [])):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, of in corpus.manifest["splits"].items():
-        table.add_row(split, str(of["clips"]), str(of["captions"]), f"{of['hours']:.2f}")
+        hours = [f"{of['seconds'] / 3600:.2f}"] if audio else []
+        table.add_row(split, str(of["clips"]), str(of["captions"]), *hours)
     console.print(table)
     for reason, count in corpus.rejected().items():
         console.print(f"set aside: {count} {reason}")
@@ -257,7 +260,7 @@ class Monitor:
         if kind == "epoch":
             self._console.print(self._epoch_line(event))
         elif kind == "validated":
-            self._console.print("  ".join([f"  epoch {event['epoch']} evaluated", *_recalls(event)]))
+            self._console.print("  ".join([f"  epoch {event['epoch']} evaluated", *self._recalls(event)]))
         elif kind == "not validated":
             self._console.print(f"  [red]an evaluation beside training failed[/]: {event['problem']}")
         elif kind == "published":
@@ -280,13 +283,14 @@ class Monitor:
         for key, label in (("rdm_audio", "RDM"), ("consistency", "consistency")):
             if key in event:
                 parts.append(f"{label} {event[key]:.3f}")
-        return "  ".join([*parts, *_recalls(event), f"{event['clips_per_second']:.0f} clips/s"])
+        things = THINGS[self._settings.data.modality]
+        return "  ".join([*parts, *self._recalls(event), f"{event['clips_per_second']:.0f} {things}/s"])
 
-
-def _recalls(event: dict[str, Any]) -> list[str]:
-    """The parts of a progress line that tell an evaluation's figures, none if the event has none."""
-    labels = (("t2a_r1", "val R@1 t2a"), ("a2t_r1", "a2t"))
-    return [f"{label} {event[key]:.3f}" for key, label in labels if key in event]
+    def _recalls(self, event: dict[str, Any]) -> list[str]:
+        """The parts of a progress line that tell an evaluation's figures, none if the event has none."""
+        letter = self._settings.data.modality[0]
+        labels = (("t2a_r1", f"val R@1 t2{letter}"), ("a2t_r1", f"{letter}2t"))
+        return [f"{label} {event[key]:.3f}" for key, label in labels if key in event]
 
 
 def _result(
@@ -295,6 +299,7 @@ def _result(
     return {
         "name": place.name,
         "folder": str(place.folder),
+        "modality": settings.data.modality,
         "final": facts.get("final", {}),
         "final_injected": facts.get("final_injected", {}),
         "refreshes": report.refreshes(events),
@@ -312,11 +317,13 @@ def _result(
 
 def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> None:
     """What a dry run ends with."""
-    training, refresh = settings.training, settings.knowledge.refresh
+    training, refresh, modality = settings.training, settings.knowledge.refresh, settings.data.modality
     table = Table(title="What the run would take: nothing was trained", show_header=False)
     table.add_row("workers", f"{training.workers} on {training.device}, {training.batch_size} pairs each a step")
-    table.add_row("steps", f"{takes.steps:,} ({training.epochs} epochs of {takes.steps_per_epoch:,}, {takes.clips:,} clips)")
-    table.add_row("parameters", f"{takes.parameters:,} ({settings.model.audio} + {settings.model.text})")
+    table.add_row(
+        "steps", f"{takes.steps:,} ({training.epochs} epochs of {takes.steps_per_epoch:,}, {takes.clips:,} {THINGS[modality]})"
+    )
+    table.add_row("parameters", f"{takes.parameters:,} ({settings.model.tower(modality)} + {settings.model.text})")
     if settings.ask.enabled:
         table.add_row("knowledge base", f"{takes.entries:,} entries of {settings.model.dim} numbers, refreshed {refresh.policy}")
     table.add_row(
@@ -329,7 +336,7 @@ def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> Non
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:
     """The final table, and where everything is."""
     figures = {"": result["final"], ", injected": result["final_injected"]}
-    console.print(tables.retrieval(f"{place.name}: retrieval on the test split", figures).rich())
+    console.print(tables.retrieval(f"{place.name}: retrieval on the test split", figures, result["modality"]).rich())
     console.print(
         f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
         f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"
@@ -338,4 +345,5 @@ def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: l
     console.print(f"Pictures  {', '.join(pictures)}")
     if recorder.where:
         console.print(f"MLflow    {recorder.where}")
-    console.print(f'Next      python jobs/search.py --run {shlex.quote(str(place.folder))} "a dog barks"', soft_wrap=True)
+    query = "a dog barks" if result["modality"] == "audio" else "a dog on a beach"
+    console.print(f'Next      python jobs/search.py --run {shlex.quote(str(place.folder))} "{query}"', soft_wrap=True)

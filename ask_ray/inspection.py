@@ -16,15 +16,16 @@ from rich.text import Text
 
 from ask_ray import tables
 from ask_ray.config import Settings, SettingsError
-from ask_ray.data import audio, esc50
-from ask_ray.data.batches import crop, pad
+from ask_ray.data import audio, esc50, pictures
+from ask_ray.data.batches import crop, longest, pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.rarity import Frequencies
-from ask_ray.data.schema import Rejection, usable_waveform
+from ask_ray.data.schema import Rejection, usable_pixels, usable_waveform
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.encoding import batches_of_captions
 from ask_ray.knowledge.snapshot import Snapshot
 from ask_ray.knowledge.sources import sources_of
+from ask_ray.modality import THINGS, WAYS, Modality
 from ask_ray.models import dual_encoder
 from ask_ray.models.dual_encoder import DualEncoder, Encoding
 from ask_ray.storage import Folder
@@ -34,11 +35,11 @@ from ask_ray.training.checkpoint import Place
 from ask_ray.training.evaluation import EncodedSplit
 from ask_ray.training.trainer import RunPlace
 
-#: Clips that a search ranks token by token: those that the embeddings rank first.
+#: Clips or pictures that a search ranks token by token: those that the embeddings rank first.
 SHORTLIST = 100
 
 #: A query that ends like this is meant as a file.
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+FILE_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class OpenedRun:
     model: DualEncoder
     settings: Settings
     stood: Place
+
+    @property
+    def modality(self) -> Modality:
+        """What the captions that it was trained on describe."""
+        return self.settings.data.modality
 
     @classmethod
     def at(cls, run: str) -> OpenedRun:
@@ -94,7 +100,7 @@ def evaluate(
     opened = OpenedRun.at(run)
     on = _corpus_of(opened, corpus, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with console.status(f"Encoding {on.clips(split)} clips"):
+    with console.status(f"Encoding {on.clips(split)} {THINGS[opened.modality]}"):
         encoded = evaluation.encode_split(opened.model.to(device), on, split, opened.settings, device)
         ways = evaluation.ranked(encoded)
     found: dict[str, Any] = {
@@ -111,7 +117,8 @@ def evaluate(
     if rare:
         trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train"))
         found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
-    _give(_retrieval_report(found, f"{opened.place.name} on {split} of {on.folder.name}"), files, console)
+    title = f"{opened.place.name} on {split} of {on.folder.name}"
+    _give(_retrieval_report(found, title, opened.modality), files, console)
     return found
 
 
@@ -119,14 +126,13 @@ def _corpus_of(opened: OpenedRun, corpus: str | None, split: str) -> Corpus:
     """The corpus to evaluate on.
 
     Raises:
-        SettingsError: if it has another sample rate than the run's own, or no clips in the split.
+        SettingsError: if it has another form than the run's own, or no clips in the split.
     """
     on = Corpus.open(corpus or opened.stood.corpus)
-    trained = Corpus.open(opened.stood.corpus).sample_rate
-    if on.sample_rate != trained:
+    trained = Corpus.open(opened.stood.corpus).form
+    if on.form != trained:
         raise SettingsError(
-            f"--corpus: {on.folder} has {on.sample_rate} Hz, the run was trained at {trained} Hz: prepare it with "
-            f"--data.sample_rate {trained}"
+            f"--corpus: {on.folder} has {on.form}, the run's own corpus {trained}: prepare it with --{trained.setting}"
         )
     if on.clips(split) == 0:
         raise SettingsError(f"--split: {on.folder} has no {split} clips")
@@ -138,21 +144,22 @@ def _transductive(encoded: EncodedSplit, epsilon: float) -> dict[str, Any]:
     return {"epsilon": epsilon, "sweeps": plan.sweeps, "marginal_error": plan.error, **evaluation.told(encoded, ways)}
 
 
-def _retrieval_report(found: dict[str, Any], title: str) -> Report:
+def _retrieval_report(found: dict[str, Any], title: str, modality: Modality) -> Report:
     how_ranked = found["interaction"]
-    sheets = [tables.retrieval(f"{title}: {how_ranked}", {"": found["final"]})]
-    records = [tables.record(found["final"][way], ranking=how_ranked, direction=way, bucket="all") for way in tables.WAYS]
+    sheets = [tables.retrieval(f"{title}: {how_ranked}", {"": found["final"]}, modality)]
+    records = [tables.record(found["final"][way], ranking=how_ranked, direction=way, bucket="all") for way in WAYS]
     if plan := found.get("transductive"):
         how = f"ε {plan['epsilon']:g}, {plan['sweeps']} sweeps, marginals within {plan['marginal_error']:.1g}"
-        sheets.append(tables.retrieval(f"{title}: {tables.TRANSDUCTIVE}, {how}", {"": plan}))
-        records += [tables.record(plan[way], ranking=tables.TRANSDUCTIVE, direction=way, bucket="all") for way in tables.WAYS]
+        sheets.append(tables.retrieval(f"{title}: {tables.TRANSDUCTIVE}, {how}", {"": plan}, modality))
+        records += [tables.record(plan[way], ranking=tables.TRANSDUCTIVE, direction=way, bucket="all") for way in WAYS]
     if rare := found.get("rare"):
-        by = f"clips by how many of the {rare['training_clips']} training clips have their rarest word"
-        sheets.append(tables.rare(f"{title}: {how_ranked}, {by}", rare["buckets"]))
+        things = THINGS[modality]
+        by = f"{things} by how many of the {rare['training_clips']} training {things} have their rarest word"
+        sheets.append(tables.rare(f"{title}: {how_ranked}, {by}", rare["buckets"], modality))
         records += [
             tables.record(of[way], ranking=how_ranked, direction=way, bucket=of["bucket"])
             for of in rare["buckets"]
-            for way in tables.WAYS
+            for way in WAYS
         ]
     return Report(found, sheets, records)
 
@@ -182,6 +189,8 @@ def classify(
     classification.check_templates(templates)
     listed = esc50.read(path, "--path")
     opened = OpenedRun.at(run)
+    if opened.modality != "audio":
+        raise SettingsError(f"run: {opened.place.folder} was trained on {THINGS[opened.modality]}, and cannot classify sounds")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, names = opened.model.to(device), listed.categories()
     with console.status(f"Encoding {len(listed.clips)} clips"):
@@ -210,7 +219,7 @@ def _tell_aside(aside: Sequence[Rejection], console: Console) -> None:
 
 
 def search(query: str, run: str | None, storage: str, top: int, console: Console | None = None) -> list[tuple[float, str, str]]:
-    """What `jobs/search.py` promises: a text finds clips, an audio file captions.
+    """What `jobs/search.py` promises: a text finds clips or pictures, a file of one captions.
 
     Where tokens interact, the embeddings find :data:`SHORTLIST` clips, or `top` if that is more, whose own tokens then rank them.
 
@@ -218,27 +227,30 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         (score, clip id, caption) by falling score: the cosine similarity, or :func:`ask_ray.models.dual_encoder.scores`.
 
     Raises:
-        SettingsError: if a recording is not there, or a clip to be ranked is no longer in its corpus.
+        SettingsError: if a file is not there, or a clip to be ranked is no longer in its corpus.
     """
     console = console or Console()
     path = Path(query).expanduser()
-    by_audio = path.is_file()
-    if not by_audio and path.suffix.lower() in AUDIO_ENDINGS:
-        raise SettingsError(f"query: {path} is not there; give the path of an audio file, or a text")
+    by_file = path.is_file()
+    if not by_file and path.suffix.lower() in FILE_ENDINGS:
+        raise SettingsError(f"query: {path} is not there; give the path of an audio file or a picture, or a text")
     with console.status("Opening the run"), torch.inference_mode():
         opened = OpenedRun.at(run or _newest_run(storage))
         known = opened.knowledge()
-        asked = _heard(path, opened) if by_audio else opened.model.text_encoding(*opened.model.tokenise([query]))
-    index = known.text_index if by_audio else known.audio_index
+        asked = _perceived(path, opened) if by_file else opened.model.text_encoding(*opened.model.tokenise([query]))
+    index = known.text_index if by_file else known.audio_index
     clips = top if asked.tokens is None else max(top, SHORTLIST)
     scores, entries = index.search(asked.vectors.numpy(), min(len(known.entries), clips * known.entries.most_per_clip))
     found = [(float(score), int(entry)) for score, entry in zip(scores[0], entries[0], strict=True) if entry >= 0]
     if asked.tokens is not None:
         with console.status("Ranking token by token"), torch.inference_mode():
-            found = reranked(asked, by_audio, _of_clips(found, known, clips), known, opened)
+            found = reranked(asked, by_file, _of_clips(found, known, clips), known, opened)
     ranked = _ranked(found, known, top)
-    table = Table(title=f"{'Captions' if by_audio else 'Clips'} nearest to {query!r} in v{known.version} of {opened.place.name}")
-    for heading in ("rank", "score", "clip", "caption"):
+    things = THINGS[opened.modality]
+    table = Table(
+        title=f"{'Captions' if by_file else things.capitalize()} nearest to {query!r} in v{known.version} of {opened.place.name}"
+    )
+    for heading in ("rank", "score", things[:-1], "caption"):
         table.add_column(heading, justify="right" if heading in ("rank", "score") else "left", overflow="fold")
     for rank, (score, clip, caption) in enumerate(ranked, 1):
         table.add_row(str(rank), f"{score:.3f}", clip, caption)
@@ -261,22 +273,22 @@ def _of_clips(found: list[tuple[float, int]], known: Snapshot, clips: int) -> li
     return [entry for _, entry in found if known.entries.numbers[entry] in first]
 
 
-def reranked(asked: Encoding, by_audio: bool, entries: list[int], known: Snapshot, opened: OpenedRun) -> list[tuple[float, int]]:
-    """Entries with the score of what they hold, encoded now, by falling score. `by_audio`: the query is heard, else read."""
+def reranked(asked: Encoding, by_file: bool, entries: list[int], known: Snapshot, opened: OpenedRun) -> list[tuple[float, int]]:
+    """Entries with the score of what they hold, encoded now, by falling score. `by_file`: the query is heard or seen, else
+    read."""
     size, device = opened.settings.knowledge.pool.batch_size, torch.device("cpu")
-    if by_audio:
+    if by_file:
         captions = [known.entries.captions[entry].as_py() for entry in entries]
         of_texts = batches_of_captions(opened.model, captions, size, device)
         scores = torch.cat([dual_encoder.scores(asked, opened.model.text_encoding(*one))[0] for one in of_texts])
         return _falling(zip(scores.tolist(), entries, strict=True))
-    data = opened.settings.data
     own: dict[int, float] = {}
-    waveforms = list(_recordings(entries, known, opened).items())
-    for start in range(0, len(waveforms), size):
-        some = waveforms[start : start + size]
-        batch = pad([crop(waveform, round(data.max_seconds * data.sample_rate)) for _, waveform in some])
-        heard = dual_encoder.scores(opened.model.audio_encoding(*batch), asked)[:, 0]
-        own |= dict(zip((number for number, _ in some), heard.tolist(), strict=True))
+    signals = list(_signals(entries, known, opened).items())
+    for start in range(0, len(signals), size):
+        some = signals[start : start + size]
+        batch = _padded([signal for _, signal in some], opened)
+        perceived = dual_encoder.scores(opened.model.audio_encoding(*batch), asked)[:, 0]
+        own |= dict(zip((number for number, _ in some), perceived.tolist(), strict=True))
     return _falling((own[known.entries.numbers[entry]], entry) for entry in entries)
 
 
@@ -284,8 +296,8 @@ def _falling(scored: Iterable[tuple[float, int]]) -> list[tuple[float, int]]:
     return sorted(scored, key=lambda one: -one[0])
 
 
-def _recordings(entries: list[int], known: Snapshot, opened: OpenedRun) -> dict[int, np.ndarray]:
-    """The samples of the entries' clips, (samples,) int16 each, by the clips' numbers.
+def _signals(entries: list[int], known: Snapshot, opened: OpenedRun) -> dict[int, np.ndarray]:
+    """:meth:`ask_ray.data.corpus.ClipRows.signal` of the entries' clips, by the clips' numbers.
 
     Raises:
         SettingsError: if a corpus is gone, or lacks one of them.
@@ -299,20 +311,33 @@ def _recordings(entries: list[int], known: Snapshot, opened: OpenedRun) -> dict[
         numbers, corpus = wanted.get(source.name, {}), Corpus.open(source.corpus)
         places = {place: numbers[clip] for place, clip in enumerate(corpus.ids(source.split)) if clip in numbers}
         if len(places) < len(numbers):
-            raise SettingsError(f"{corpus.folder} lacks clips that the knowledge base holds; prepare it as it was, or train anew")
-        found |= {places[place]: waveform for place, waveform in corpus.waveforms(source.split, places).items()}
+            things = THINGS[opened.modality]
+            raise SettingsError(
+                f"{corpus.folder} lacks {things} that the knowledge base holds; prepare it as it was, or train anew"
+            )
+        found |= {places[place]: signal for place, signal in corpus.signals(source.split, places).items()}
     return found
 
 
-def _heard(path: Path, opened: OpenedRun) -> Encoding:
-    """An audio file as the model hears it, a batch of one.
+def _padded(signals: Sequence[np.ndarray], opened: OpenedRun) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model takes, cropped as in training."""
+    data = opened.settings.data
+    limit = longest(data.max_seconds, data.form.sample_rate)
+    return pad([crop(signal, limit) for signal in signals])
+
+
+def _perceived(path: Path, opened: OpenedRun) -> Encoding:
+    """An audio file as the model hears it, or a picture as it sees it, a batch of one.
 
     Raises:
-        UnusableClip: if it cannot be decoded or holds nothing to hear.
+        UnusableClip: if it cannot be decoded or holds nothing to hear or see.
     """
     data = opened.settings.data
-    waveform = usable_waveform(audio.load(path, data.sample_rate).samples, data.sample_rate, data.min_seconds)
-    return opened.model.audio_encoding(*pad([crop(waveform, round(data.max_seconds * data.sample_rate))]))
+    if opened.modality == "audio":
+        signal = usable_waveform(audio.load(path, data.sample_rate).samples, data.sample_rate, data.min_seconds)
+    else:
+        signal = usable_pixels(pictures.load(path, data.image_size).pixels)
+    return opened.model.audio_encoding(*_padded([signal], opened))
 
 
 def _newest_run(storage: str) -> str:

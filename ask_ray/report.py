@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ask_ray.modality import Modality, headings
 from ask_ray.storage import Folder
 
 Events = list[dict[str, Any]]
@@ -66,7 +67,8 @@ def draw(folder: Folder, events: Events, result: dict[str, Any]) -> list[str]:
     Returns:
         their places.
     """
-    made = {"curves.png": curves(events, result), "drift.png": drift(events), "refreshes.png": timeline(events)}
+    modality = result.get("modality", "audio")
+    made = {"curves.png": curves(events, result), "drift.png": drift(events, modality), "refreshes.png": timeline(events)}
     places = []
     for name, figure in made.items():
         if figure is None:
@@ -110,14 +112,15 @@ def curves(events: Events, result: dict[str, Any]) -> Figure | None:
     epochs = _by_step(events, "epoch")
     if not epochs:
         return None
+    names = headings(result.get("modality", "audio"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     _plot(left, _by_step(events, "step"), "loss", "objective, single steps", GREY)
     _plot(left, epochs, "loss", "objective", BLUE)
-    _plot(left, epochs, "loss_a2t", "audio → text", ORANGE)
-    _plot(left, epochs, "loss_t2a", "text → audio", GREEN)
+    _plot(left, epochs, "loss_a2t", names["a2t"], ORANGE)
+    _plot(left, epochs, "loss_t2a", names["t2a"], GREEN)
     _finished(left, "Loss", "nats")
     validated = validations(events)
-    for way, name, colour in (("t2a", "text → audio", GREEN), ("a2t", "audio → text", ORANGE)):
+    for (way, name), colour in zip(names.items(), (GREEN, ORANGE), strict=True):
         clips = next((event[f"{way}_n"] for event in validated if f"{way}_n" in event), 0)
         _plot(right, validated, f"{way}_r1", f"{name}, validation (N = {clips})", colour, "o")
         of = result.get("final", {}).get(way)
@@ -129,15 +132,15 @@ def curves(events: Events, result: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def drift(events: Events) -> Figure | None:
+def drift(events: Events, modality: Modality = "audio") -> Figure | None:
     """Representation drift (RDM) over steps with the swaps marked."""
     steps, epochs = _by_step(events, "step"), _by_step(events, "epoch")
     if not any("rdm_audio" in event for event in steps):
         return None
     figure, axes = plt.subplots(figsize=(11, 4))
-    _plot(axes, steps, "rdm_audio", "audio, the batch's own entries", BLUE)
+    _plot(axes, steps, "rdm_audio", f"{modality}, the batch's own entries", BLUE)
     _plot(axes, steps, "rdm_text", "text, the batch's own entries", ORANGE)
-    _plot(axes, epochs, "probe_rdm_audio", "audio, re-encoded probe", BLUE, "s")
+    _plot(axes, epochs, "probe_rdm_audio", f"{modality}, re-encoded probe", BLUE, "s")
     _plot(axes, epochs, "probe_rdm_text", "text, re-encoded probe", ORANGE, "s")
     _mark_swaps(axes, events)
     _finished(axes, "Representation drift mismatch of the knowledge base in use", "RDM in nats")

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from ask_ray.config import SettingsError
 from ask_ray.data import card
+from ask_ray.modality import THINGS, Modality, headings
 
 ENDINGS = (".json", ".md", ".csv")
-WAYS = {"t2a": "text → audio", "a2t": "audio → text"}
 SHARES = {"r1": "R@1 %", "r5": "R@5 %", "r10": "R@10 %", "map10": "mAP@10 %"}
 RANKS = {"median_rank": "median rank", "mean_rank": "mean rank"}
 
@@ -92,24 +92,25 @@ def places(files: Sequence[str]) -> list[Path]:
     return found
 
 
-def retrieval(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Sheet:
+def retrieval(title: str, figures: Mapping[str, Mapping[str, Any]], modality: Modality = "audio") -> Sheet:
     """A row for each direction of each named result, with intervals where it has them."""
     rows = []
     for name, ways in figures.items():
-        for way, heading in WAYS.items():
+        for way, heading in headings(modality).items():
             of = ways.get(way)
             if of:
                 cells = [*(share(of, key) for key in SHARES), *(rank(of, key) for key in RANKS)]
                 rows.append((f"{heading}{name}", *cells, f"{of['n']}", f"{of['m']}"))
-    return Sheet(title, ("", *SHARES.values(), *RANKS.values(), "N clips", "M captions"), rows)
+    return Sheet(title, ("", *SHARES.values(), *RANKS.values(), f"N {THINGS[modality]}", "M captions"), rows)
 
 
-def rare(title: str, buckets: Sequence[Mapping[str, Any]]) -> Sheet:
+def rare(title: str, buckets: Sequence[Mapping[str, Any]], modality: Modality = "audio") -> Sheet:
     """A row for each bucket of :func:`ask_ray.training.evaluation.by_rarity`."""
     rows: list[tuple[str, ...]] = [
         (of["bucket"], f"{of['clips']}", share(of["t2a"], "r1"), share(of["a2t"], "r1")) for of in buckets
     ]
-    return Sheet(title, ("training clips", "clips", "R@1 % t2a", "R@1 % a2t"), rows)
+    things = THINGS[modality]
+    return Sheet(title, (f"training {things}", things, *(f"R@1 % {way}" for way in headings(modality).values())), rows)
 
 
 def classes(title: str, found: Mapping[str, Any]) -> Sheet:

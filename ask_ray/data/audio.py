@@ -10,15 +10,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from ask_ray.data.files import present
 from ask_ray.data.schema import UnusableClip
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file is there; false too for a name that no filesystem takes."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 class Decoded(NamedTuple):
@@ -35,10 +28,7 @@ def load(path: Path, rate: int, seconds: float = math.inf) -> Decoded:
     Raises:
         UnusableClip: if the file is missing, empty, or cannot be decoded.
     """
-    if not is_there(path):
-        raise UnusableClip("missing file", f"{path} is not there")
-    if path.stat().st_size == 0:
-        raise UnusableClip("empty", f"{path} holds no bytes")
+    present(path)
     return decode(path, str(path), rate, seconds)
 
 

@@ -31,12 +31,13 @@ Tokenise = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 class Batch:
     """A training batch on the host.
 
-    waveforms: (B, S) float32 in [-1, 1], zero-padded; lengths: (B,) int64 samples; words: (B, L) int64 and mask:
+    inputs: (B, S) float32 waveforms in [-1, 1], sizes: (B,) int64 samples; or inputs: (B, 3, H, W) uint8 pictures, sizes: (B, 2)
+    int64 heights and widths, both padded with zeros at the end; words: (B, L) int64 and mask:
     (B, L) bool; ids: (B,) int64, the clips' :func:`id_number`; captions: (B,) int64, which of a clip's captions.
     """
 
-    waveforms: Tensor
-    lengths: Tensor
+    inputs: Tensor
+    sizes: Tensor
     words: Tensor
     mask: Tensor
     ids: Tensor
@@ -47,8 +48,20 @@ class Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
-def pad(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """int16 waveforms as (B, longest) float32 in [-1, 1], zero-padded, and (B,) int64 lengths."""
+def pad(signals: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Waveforms, or pictures, as :meth:`ask_ray.data.corpus.ClipRows.signal` gives them: `inputs` and `sizes` of a batch."""
+    return _pad_pictures(signals) if signals[0].ndim == 3 else _pad_waveforms(signals)
+
+
+def _pad_pictures(pictures: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor([one.shape[:2] for one in pictures], dtype=torch.int64)
+    padded = torch.zeros(len(pictures), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for row, one in enumerate(pictures):
+        padded[row, :, : one.shape[0], : one.shape[1]] = torch.from_numpy(np.array(one)).permute(2, 0, 1)
+    return padded, sizes
+
+
+def _pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(one) for one in waveforms], dtype=torch.int64)
     padded = torch.zeros(len(waveforms), int(lengths.max()))
     for row, one in enumerate(waveforms):
@@ -140,12 +153,12 @@ class TrainingBatches:
 
     def _batch(self, places: Sequence[tuple[int, int]], rng: np.random.Generator) -> Batch:
         rows = [(self._rows(self._groups[group]), row) for group, row in places]
-        limit = round(self.data.max_seconds * self.corpus.sample_rate)
-        waveforms, lengths = pad([crop(found.waveform(row), limit, rng) for found, row in rows])
+        limit = longest(self.data.max_seconds, self.corpus.sample_rate)
+        inputs, sizes = pad([crop(found.signal(row), limit, rng) for found, row in rows])
         chosen = [int(rng.integers(len(found.captions[row]))) for found, row in rows]
         words, mask = self.tokenise([found.captions[row][n] for (found, row), n in zip(rows, chosen, strict=True)])
         ids = torch.tensor([id_number(found.ids[row]) for found, row in rows], dtype=torch.int64)
-        return Batch(waveforms, lengths, words, mask, ids, torch.tensor(chosen, dtype=torch.int64))
+        return Batch(inputs, sizes, words, mask, ids, torch.tensor(chosen, dtype=torch.int64))
 
 
 def _loader_context() -> ForkServerContext:
@@ -172,9 +185,14 @@ class _Epoch(IterableDataset[Batch]):
             yield batches._batch(order[step * batches.batch_size : (step + 1) * batches.batch_size], rng)
 
 
-def crop(waveform: np.ndarray, limit: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def longest(seconds: float, sample_rate: int | None) -> int | None:
+    """What clips are cropped to, in samples; None of pictures, which their towers crop."""
+    return None if sample_rate is None else round(seconds * sample_rate)
+
+
+def crop(signal: np.ndarray, limit: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
     """At most `limit` samples: from a random place if `rng` is given, else from the start."""
-    if len(waveform) <= limit:
-        return waveform
-    start = 0 if rng is None else int(rng.integers(len(waveform) - limit + 1))
-    return waveform[start : start + limit]
+    if limit is None or len(signal) <= limit:
+        return signal
+    start = 0 if rng is None else int(rng.integers(len(signal) - limit + 1))
+    return signal[start : start + limit]

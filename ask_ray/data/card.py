@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from ask_ray.data.schema import BLACKLISTED, LEAKS
+from ask_ray.data.schema import BLACKLISTED, KEPT, LEAKS
+from ask_ray.modality import THINGS
 
 #: Clips that the card names where it cannot name all.
 EXAMPLES = 20
@@ -14,13 +15,16 @@ EXAMPLES = 20
 
 def render(manifest: dict[str, Any]) -> str:
     """A manifest as Markdown. Depends on the clips alone, not on when, where or by how many tasks they were prepared."""
-    parts = (_head(manifest), _splits(manifest), _originals(manifest), _aside(manifest), _kept_out(manifest), _settings(manifest))
+    told = (_recordings, _rates) if manifest["modality"] == "audio" else (_pictures,)
+    parts = [part(manifest) for part in (_head, *told, _aside, _kept_out, _settings)]
     return "\n".join(line for part in parts for line in [*part, ""])
 
 
 def _head(manifest: dict[str, Any]) -> Iterator[str]:
     origin = manifest["origin"]
-    yield f"# {manifest['corpus']} at {manifest['sample_rate']} Hz"
+    audio = manifest["modality"] == "audio"
+    kept = f"at {manifest['sample_rate']} Hz" if audio else f"in pictures of at most {manifest['image_size']} pixels"
+    yield f"# {manifest['corpus']} {kept}"
     yield ""
     yield f"Source: {origin['layout']}" + (f", {origin['folder']}" if origin["folder"] else "")
     if origin["lists"]:
@@ -28,28 +32,15 @@ def _head(manifest: dict[str, Any]) -> Iterator[str]:
         yield from table(("list", "BLAKE2b digest"), [(f"`{name}`", f"`{digest}`") for name, digest in origin["lists"].items()])
 
 
-def _splits(manifest: dict[str, Any]) -> Iterator[str]:
-    yield "## Splits"
-    yield ""
-    rows = []
-    for split, of in manifest["splits"].items():
-        lengths, words = (_spread(of[name]) for name in ("lengths", "words"))
-        rows.append(
-            (
-                split,
-                of["clips"],
-                of["captions"],
-                f"{of['hours']:.2f}",
-                lengths,
-                words,
-                of["source_ids"],
-                of["cut"],
-                f"`{of['digest']}`",
-            )
-        )
-    headings = ("split", "clips", "captions", "hours", "seconds", "words", "with source id", "cut", "digest")
-    yield from table(headings, rows)
-    yield ""
+def _recordings(manifest: dict[str, Any]) -> Iterator[str]:
+    cells = {
+        "hours": lambda of: f"{of['seconds'] / 3600:.2f}",
+        "seconds": lambda of: _spread(of["lengths"]),
+        "words": lambda of: _spread(of["words"]),
+        "with source id": lambda of: of["source_ids"],
+        "cut": lambda of: of["cut"],
+    }
+    yield from _splits(manifest, cells)
     yield (
         "Seconds a clip (whole seconds) and words a caption: least / median / most. Cut: the recording is longer than "
         f"{manifest['settings']['keep_seconds']:g} s and goes on. The digest is of the digests of the split's files, which the "
@@ -57,7 +48,34 @@ def _splits(manifest: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _originals(manifest: dict[str, Any]) -> Iterator[str]:
+def _pictures(manifest: dict[str, Any]) -> Iterator[str]:
+    cells = {
+        "shorter side": lambda of: _spread(of["shorter"]),
+        "longer side": lambda of: _spread(of["longer"]),
+        "words": lambda of: _spread(of["words"]),
+        "with source id": lambda of: of["source_ids"],
+        "shrunk": lambda of: of["shrunk"],
+    }
+    yield from _splits(manifest, cells)
+    yield (
+        "Pixels a side as they are kept and words a caption: least / median / most. Shrunk: the file holds more pixels. The "
+        "digest is of the digests of the split's files, which the manifest lists."
+    )
+
+
+def _splits(manifest: dict[str, Any], cells: Mapping[str, Callable[[dict[str, Any]], object]]) -> Iterator[str]:
+    """A row a split, with the cells of its modality by their headings."""
+    yield "## Splits"
+    yield ""
+    rows = [
+        (split, of["clips"], of["captions"], *(cell(of) for cell in cells.values()), f"`{of['digest']}`")
+        for split, of in manifest["splits"].items()
+    ]
+    yield from table(("split", THINGS[manifest["modality"]], "captions", *cells, "digest"), rows)
+    yield ""
+
+
+def _rates(manifest: dict[str, Any]) -> Iterator[str]:
     yield "## Sampling rates of the recordings"
     yield ""
     rates: dict[int, int] = {}
@@ -102,7 +120,7 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     yield "## Settings"
     yield ""
     own = settings[manifest["corpus"]]
-    told = {name: settings[name] for name in ("sample_rate", "min_seconds", "keep_seconds", "shard_clips", "max_rejected")}
+    told = {name: settings[name] for name in (*KEPT[manifest["modality"]].settings, "shard_clips", "max_rejected")}
     told |= {f"{manifest['corpus']}.{name}": value for name, value in own.items()}
     yield from table(("setting", "value"), [(f"`data.{name}`", value) for name, value in told.items()])
 

@@ -1,4 +1,4 @@
-"""Where clips come from: the procedural soundscapes, and recordings that lists of captions name.
+"""Where clips come from: the procedural soundscapes, and recordings or pictures that lists of captions name.
 
 A source plans its work as shards before anything is decoded, so that preparing can be spread over a cluster, taken up
 again after an interruption, and gives the same files whatever the number of workers.
@@ -16,13 +16,24 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SplitShares
-from ask_ray.data import audio, embedded, folders, layouts
+from ask_ray.data import audio, embedded, folders, image_layouts, layouts, pictures
 from ask_ray.data import rows as planning
 from ask_ray.data.folders import Named
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rows import Listing, Row
-from ask_ray.data.schema import NO_CAPTION, SPLITS, Clip, Rejection, UnusableClip, usable_captions, usable_waveform
+from ask_ray.data.schema import (
+    NO_CAPTION,
+    SPLITS,
+    Clip,
+    Picture,
+    Rejection,
+    UnusableClip,
+    usable_captions,
+    usable_pixels,
+    usable_waveform,
+)
 from ask_ray.data.soundscapes import EventBank, RecordedBank, SynthesisedBank, compose
+from ask_ray.modality import Modality
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Shard:
 class Source(Protocol):
     """What preparing needs of a corpus. Picklable: tasks on other nodes are handed it."""
 
+    @property
+    def modality(self) -> Modality:
+        """What its captions describe."""
+
     def key(self) -> str:
         """Text that changes whenever the prepared corpus would."""
 
@@ -58,7 +73,7 @@ class Source(Protocol):
     def origin(self) -> dict[str, Any]:
         """What the data card tells of where the corpus came from: `layout`, `folder`, and `lists` with their digests."""
 
-    def clips(self, shard: Shard) -> Iterator[Clip | Rejection]:
+    def clips(self, shard: Shard) -> Iterator[Clip | Picture | Rejection]:
         """The shard's clips, in order, and what had to be set aside."""
 
 
@@ -74,9 +89,17 @@ def source_of(data: DataSettings, held_out: HeldOut | None = None) -> Source:
     if data.corpus == "soundscapes":
         return SoundscapeSource(data)
     listing = _listing(data)
+    planned = planning.plan(listing.rows, _shares(data), held_out or HeldOut())
+    kind = RecordingSource if data.modality == "audio" else PictureSource
+    return kind(data, planned.usable, planned.rejected, listing.origin)
+
+
+def _shares(data: DataSettings) -> SplitShares:
+    """How clips that no list deals to a split are dealt."""
+    if data.corpus == "coco":
+        return SplitShares(validation=data.coco.validation, test=0)
     shares = getattr(data, data.corpus)
-    planned = planning.plan(listing.rows, shares if isinstance(shares, SplitShares) else SplitShares(), held_out or HeldOut())
-    return RecordingSource(data, planned.usable, planned.rejected, listing.origin)
+    return shares if isinstance(shares, SplitShares) else SplitShares()
 
 
 def _listing(data: DataSettings) -> Listing:
@@ -89,6 +112,10 @@ def _listing(data: DataSettings) -> Listing:
             return layouts.wavcaps(data.wavcaps)
         case "parquet":
             return embedded.parquet(data.parquet)
+        case "coco":
+            return image_layouts.coco(data.coco)
+        case "flickr30k":
+            return image_layouts.flickr30k(data.flickr30k)
         case _:
             return folders.folder(data.folder)
 
@@ -106,6 +133,10 @@ class SoundscapeSource:
     """Procedural clips: nothing is read but, if the settings name one, a bank of recordings."""
 
     data: DataSettings
+
+    @property
+    def modality(self) -> Modality:
+        return "audio"
 
     def key(self) -> str:
         bank = self.data.soundscapes.bank
@@ -165,12 +196,12 @@ def _bank_rows(folder: str) -> tuple[Row, ...]:
     return tuple(folders.manifest_rows(FolderSettings(path=folder), Named("data.soundscapes.bank", "data.soundscapes.bank")))
 
 
-# --- recordings ------------------------------------------------------------------------------------------------------
+# --- recordings and pictures -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class RecordingSource:
-    """Recordings that lists name, in files or in Parquet.
+class ListedSource:
+    """Clips that lists name.
 
     `rows`: a table of :data:`~ask_ray.data.rows.ROWS`, split by split; `rejected`: one of :data:`~ask_ray.data.schema.REJECTED`;
     all tasks share both. `come_from`: see :meth:`Source.origin`.
@@ -180,6 +211,10 @@ class RecordingSource:
     rows: pa.Table
     rejected: pa.Table
     come_from: dict[str, Any]
+
+    @property
+    def modality(self) -> Modality:
+        return self.data.modality
 
     def key(self) -> str:
         return planning.digest(self.rows) + repr(self.rejected.to_pydict())
@@ -201,9 +236,15 @@ class RecordingSource:
     def origin(self) -> dict[str, Any]:
         return self.come_from
 
+    def _rows(self, shard: Shard) -> list[Row]:
+        return list(planning.rows_of(self.rows.slice(shard.first, shard.last - shard.first)))
+
+
+class RecordingSource(ListedSource):
+    """Recordings, in files or in Parquet."""
+
     def clips(self, shard: Shard) -> Iterator[Clip | Rejection]:
-        rows = list(planning.rows_of(self.rows.slice(shard.first, shard.last - shard.first)))
-        for row, recording in _recordings(rows):
+        for row, recording in _recordings(self._rows(shard)):
             try:
                 yield self._clip(row, recording)
             except UnusableClip as error:
@@ -219,6 +260,19 @@ class RecordingSource:
             found = audio.decode(recording, row.source, rate, seconds)
         waveform = usable_waveform(found.samples, rate, self.data.min_seconds)
         return Clip(row.id, str(row.split), captions, waveform, row.source, rate, found.rate, row.source_id, found.cut)
+
+
+class PictureSource(ListedSource):
+    """Pictures, in files."""
+
+    def clips(self, shard: Shard) -> Iterator[Picture | Rejection]:
+        for row in self._rows(shard):
+            try:
+                captions, found = usable_captions(row.captions), pictures.load(row.path, self.data.image_size)
+                pixels = usable_pixels(found.pixels)
+                yield Picture(row.id, str(row.split), captions, pixels, row.source, row.source_id, found.shrunk)
+            except UnusableClip as error:
+                yield row.rejection(error.reason, error.detail)
 
 
 def _recordings(rows: list[Row]) -> Iterator[tuple[Row, BinaryIO | Path | UnusableClip]]:

@@ -1,4 +1,4 @@
-"""A prepared corpus: its manifest and its Parquet files, read a row group at a time."""
+"""A prepared corpus, of sounds or of pictures: its manifest and its Parquet files, read a row group at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from ask_ray.config import SettingsError
-from ask_ray.data.schema import FORMAT, ROW_GROUP, SPLITS
+from ask_ray.data.schema import FORMAT, KEPT, ROW_GROUP, SPLITS, Kept
+from ask_ray.modality import Form
 from ask_ray.storage import Folder
 
 
@@ -34,19 +35,22 @@ class Identities(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipRows:
-    """Clips read from Parquet. `offsets`: (clips + 1,) into `samples`: (all samples,) int16."""
+    """Clips read from Parquet. `offsets`: (clips + 1,) into `samples`: (all samples,) int16, of pictures uint8; `sides`: of
+    pictures, (clips, 2) int64 heights and widths."""
 
     ids: list[str]
     captions: list[list[str]]
     samples: np.ndarray
     offsets: np.ndarray
+    sides: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def waveform(self, row: int) -> np.ndarray:
-        """(samples,) int16."""
-        return self.samples[self.offsets[row] : self.offsets[row + 1]]
+    def signal(self, row: int) -> np.ndarray:
+        """A waveform, (samples,) int16, or a picture, (height, width, 3) uint8."""
+        samples = self.samples[self.offsets[row] : self.offsets[row + 1]]
+        return samples if self.sides is None else samples.reshape(*self.sides[row], 3)
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,20 @@ class Corpus:
         return cls(folder, manifest)
 
     @property
-    def sample_rate(self) -> int:
-        """Hz."""
-        return int(self.manifest["sample_rate"])
+    def form(self) -> Form:
+        """What its clips are, and how they are kept."""
+        audio = self.manifest["modality"] == "audio"
+        return Form(self.manifest["modality"], int(self.manifest["sample_rate" if audio else "image_size"]))
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Hz; None of pictures."""
+        return self.form.sample_rate
+
+    @property
+    def kept(self) -> Kept:
+        """What the files hold."""
+        return KEPT[self.form.modality]
 
     def clips(self, split: str) -> int:
         """Number of clips of a split."""
@@ -99,7 +114,7 @@ class Corpus:
     def mean_bytes(self, split: str) -> float:
         """Mean bytes of a clip's samples."""
         found = self._split(split)
-        return 2.0 * found["samples"] / max(1, found["clips"])
+        return float(self.kept.bytes) * found["samples"] / max(1, found["clips"])
 
     def groups(self, split: str) -> list[Group]:
         """The split's row groups in the order of the corpus."""
@@ -130,8 +145,8 @@ class Corpus:
         table = files.to_table(columns=names) if files.files else None
         return Identities(*(table.column(name).to_pylist() if table else [] for name in names))
 
-    def waveforms(self, split: str, places: Iterable[int]) -> dict[int, np.ndarray]:
-        """The samples of clips by their places in the order of the corpus, (samples,) int16 each; reads their row groups."""
+    def signals(self, split: str, places: Iterable[int]) -> dict[int, np.ndarray]:
+        """:meth:`ClipRows.signal` of clips by their places in the order of the corpus; reads their row groups."""
         groups = self.groups(split)
         ends = np.cumsum([group.clips for group in groups])
         wanted: dict[int, list[int]] = {}
@@ -141,17 +156,19 @@ class Corpus:
         for number, held in wanted.items():
             rows = self.read(groups[number])
             start = int(ends[number]) - len(rows)
-            found |= {place: rows.waveform(place - start).copy() for place in held}
+            found |= {place: rows.signal(place - start).copy() for place in held}
         return found
 
     def read(self, group: Group) -> ClipRows:
         """Read one row group."""
         with (self.folder / "clips").open(group.file) as stream:
-            table = pq.ParquetFile(stream).read_row_group(group.number, columns=["id", "captions", "waveform"])
-        waveform = table.column("waveform").combine_chunks()
-        offsets = waveform.offsets.to_numpy()
-        samples = waveform.values.to_numpy()
-        return ClipRows(table.column("id").to_pylist(), table.column("captions").to_pylist(), samples, offsets)
+            names = ["id", "captions", self.kept.samples, *self.kept.sides]
+            table = pq.ParquetFile(stream).read_row_group(group.number, columns=names)
+        held = table.column(self.kept.samples).combine_chunks()
+        sides = [table.column(name).to_numpy() for name in self.kept.sides]
+        ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))
+        shapes = np.stack(sides, axis=1) if sides else None
+        return ClipRows(ids, captions, held.values.to_numpy(), held.offsets.to_numpy(), shapes)
 
     def _files(self, split: str) -> pa.dataset.FileSystemDataset:
         filesystem, path = (self.folder / "clips").resolve()

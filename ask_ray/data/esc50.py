@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ask_ray.config import SettingsError
 from ask_ray.data import lists
-from ask_ray.data.folders import ENDINGS
+from ask_ray.data.folders import RECORDINGS
 from ask_ray.data.schema import Rejection
 
 COLUMNS = ("filename", "category")
@@ -66,7 +66,7 @@ def _judged(rows: list[dict[str, str | None]], audio: Path, meta: Path, setting:
             )
     known = {*categories, *(one.id for one in aside)}
     for path in sorted(audio.iterdir()):
-        if path.suffix.lower() in ENDINGS and path.name not in known:
+        if path.suffix.lower() in RECORDINGS.endings and path.name not in known:
             aside.append(Rejection(path.name, str(path), "no category", f"{meta.name} does not name it"))
     return Listed([Labelled(audio / name, category) for name, category in categories.items()], aside)
 

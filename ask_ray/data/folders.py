@@ -1,4 +1,4 @@
-"""A folder of recordings with a manifest of captions, and the audio files below any folder."""
+"""A folder of recordings with a manifest of captions, and the recordings or pictures below any folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ask_ray.config import FolderSettings, SettingsError
-from ask_ray.data import audio, lists
+from ask_ray.data import lists
+from ask_ray.data.files import is_there
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, texts
 from ask_ray.data.schema import NO_CAPTION, SPLITS
 from ask_ray.storage import digest_file
 
-#: Files that are taken for recordings, also those that libsndfile cannot read: they are listed as unreadable, not as missing.
-ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".webm")
+
+class Media(NamedTuple):
+    """What captions describe. name: of one of them; endings: files that are taken for some, also those that cannot be read: they
+    are listed as unreadable, not as missing."""
+
+    name: str
+    endings: tuple[str, ...]
+
+
+RECORDINGS = Media("recording", (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".webm"))
+PICTURES = Media("picture", (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2"))
+
 _MANIFESTS = ("captions", "manifest")
 
 
@@ -30,29 +41,31 @@ class Named(NamedTuple):
 class Tree:
     """The files below a folder, walked once in the order of their names.
 
-    Audio files are found by name within sections. A section is a folder at any depth whose name begins with one of the
-    section's words (the deepest such folder counts); files in none are found for every section that lacks the name.
+    Recordings, or pictures, are found by name within sections. A section is a folder at any depth whose name begins with one
+    of the section's words (the deepest such folder counts); files in none are found for every section that lacks the name.
 
     Raises:
         SettingsError: if the folder is not there.
     """
 
-    def __init__(self, folder: str, setting: str, sections: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self, folder: str, setting: str, sections: Mapping[str, Sequence[str]] | None = None, media: Media = RECORDINGS
+    ) -> None:
         self.root = Path(folder).expanduser().resolve()
-        self._setting, self._sections = setting, sections or {}
+        self._setting, self._sections, self._media = setting, sections or {}, media
         if not self.root.is_dir():
-            raise SettingsError(f"{setting}: {self.root} is not a folder; give the folder that holds the recordings")
-        self._audio: dict[tuple[str | None, str], list[Path]] = {}
+            raise SettingsError(f"{setting}: {self.root} is not a folder; give the folder that holds the {media.name}s")
+        self._found: dict[tuple[str | None, str], list[Path]] = {}
         self._others: list[Path] = []
         self._used: set[Path] = set()
         for path in _walk(self.root):
-            if path.suffix.lower() in ENDINGS:
-                self._audio.setdefault((self._section(path), _stem(path.name)), []).append(path)
+            if path.suffix.lower() in media.endings:
+                self._found.setdefault((self._section(path), self._stem(path.name)), []).append(path)
             else:
                 self._others.append(path)
 
     def lists(self, ending: str) -> list[Path]:
-        """Files with an ending other than audio's, such as `.csv`, in any case."""
+        """Files with an ending of lists, such as `.csv`, in any case."""
         return [path for path in self._others if path.name.lower().endswith(ending)]
 
     def named(self, *names: str) -> Path | None:
@@ -68,27 +81,34 @@ class Tree:
         return found[0] if found else None
 
     def find(self, section: str, *names: str) -> Path | None:
-        """The recording of the first of these names, with any audio ending, that the section has."""
+        """The recording or picture of the first of these names, with any of their endings, that the section has."""
         for name in names:
             inner = PurePath(name).name
-            for key in ((section, _stem(inner)), (None, _stem(inner))):
-                if key in self._audio:
-                    found = next((path for path in self._audio[key] if path.name == inner), self._audio[key][0])
+            for key in ((section, self._stem(inner)), (None, self._stem(inner))):
+                if held := self._found.get(key):
+                    found = next((path for path in held if path.name == inner), held[0])
                     self._used.add(found)
                     return found
         return None
 
     def use(self, path: Path) -> None:
-        """Count a recording as one that a list names."""
+        """Count a file as one that a list names."""
         self._used.add(path)
 
     def without_caption(self) -> list[Row]:
-        """The recordings that no list names, as rows that are set aside."""
-        left = [path for paths in self._audio.values() for path in paths if path not in self._used]
-        return [
-            Row(str(path.relative_to(self.root)), path, (), problem=NO_CAPTION, detail="no list names this recording")
-            for path in sorted(left)
-        ]
+        """The recordings or pictures that no list names, as rows that are set aside."""
+        left = [path for paths in self._found.values() for path in paths if path not in self._used]
+        detail = f"no list names this {self._media.name}"
+        return [Row(str(path.relative_to(self.root)), path, (), problem=NO_CAPTION, detail=detail) for path in sorted(left)]
+
+    def row(
+        self, section: str, clip: str, names: Sequence[str], captions: Sequence[object], split: str | None, source_id: str | None
+    ) -> Row:
+        """A row whose recording or picture is looked for under several names; that it is missing is its problem."""
+        path = self.find(section, *names) if clip else None
+        problem = "no file name" if not clip else "missing file" if path is None else None
+        detail = f"looked below {self.root} for {', '.join(names)}" if problem == "missing file" else ""
+        return Row(clip, path or self.root / names[0], texts(captions), split, source_id, problem=problem, detail=detail)
 
     def origin(self, layout: str, used: Sequence[Path]) -> dict[str, Any]:
         """What the data card tells of where a corpus came from."""
@@ -102,10 +122,10 @@ class Tree:
         """The error that the folder holds another thing than the corpus, with what is there."""
         there = sorted(path.name + ("/" if path.is_dir() else "") for path in self.root.iterdir())
         told = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
-        recordings = sum(map(len, self._audio.values()))
+        held = sum(map(len, self._found.values()))
         return SettingsError(
             f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {told}, with "
-            f"{recordings} recordings below; give the corpus's folder, or choose another data.corpus"
+            f"{held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
         )
 
     def _section(self, path: Path) -> str | None:
@@ -114,6 +134,12 @@ class Tree:
                 if part.lower().startswith(tuple(words)):
                     return section
         return None
+
+    def _stem(self, name: str) -> str:
+        """A file's name without an ending of what is looked for."""
+        name = lists.plain(name)
+        ending = PurePath(name).suffix
+        return name.removesuffix(ending).rstrip() if ending.lower() in self._media.endings else name
 
 
 def folder(settings: FolderSettings) -> Listing:
@@ -144,9 +170,9 @@ def manifest_rows(settings: FolderSettings, named: Named) -> Iterator[Row]:
 def _audio_root(root: Path, name: object) -> Path:
     """The folder that a relative file name starts from: the corpus's own, or its `audio` folder."""
     inner = root / "audio"
-    if not isinstance(name, str) or audio.is_there(root / name.strip()):
+    if not isinstance(name, str) or is_there(root / name.strip()):
         return root
-    return inner if audio.is_there(inner / name.strip()) else root
+    return inner if is_there(inner / name.strip()) else root
 
 
 def _manifest_row(row: dict[str, Any], root: Path) -> Row:
@@ -201,13 +227,6 @@ def _walk(root: Path) -> Iterator[Path]:
         if real not in entered:
             yield from (Path(above, name) for name in sorted(files) if not name.startswith("."))
         entered.add(real)
-
-
-def _stem(name: str) -> str:
-    """A file's name without an audio ending."""
-    name = lists.plain(name)
-    ending = PurePath(name).suffix
-    return name.removesuffix(ending).rstrip() if ending.lower() in ENDINGS else name
 
 
 def _below(path: Path, root: Path) -> str:

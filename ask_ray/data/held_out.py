@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ask_ray.config import SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import BY_DIGEST, BY_ID, BY_SOURCE, HELD_OUT
+from ask_ray.modality import Form
 
 
 class Found(NamedTuple):
@@ -40,11 +41,11 @@ class HeldOut:
         return made
 
     @classmethod
-    def named(cls, places: Sequence[str], rate: int) -> HeldOut:
+    def named(cls, places: Sequence[str], form: Form) -> HeldOut:
         """The same of the corpora that `data.held_out` names.
 
         Raises:
-            SettingsError: if one is not there, or has another sample rate, so that digests could not be compared.
+            SettingsError: if one is not there, or is kept in another form, so that digests could not be compared.
         """
         opened = []
         for place in places:
@@ -52,10 +53,10 @@ class HeldOut:
                 corpus = Corpus.open(place)
             except SettingsError as error:
                 raise SettingsError(f"data.held_out: {error}") from error
-            if corpus.sample_rate != rate:
+            if corpus.form != form:
                 raise SettingsError(
-                    f"data.held_out: {corpus.folder} has {corpus.sample_rate} Hz, data.sample_rate is {rate}: prepare both "
-                    "alike, so that their samples can be compared"
+                    f"data.held_out: {corpus.folder} has {corpus.form}, but this corpus is to have {form} ({form.setting}): "
+                    "prepare both alike, so that their samples can be compared"
                 )
             opened.append(corpus)
         return cls.of(opened)

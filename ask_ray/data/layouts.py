@@ -19,7 +19,7 @@ import pyarrow as pa
 from ask_ray.config import LayoutSettings, SettingsError, WavCapsSettings
 from ask_ray.data import lists
 from ask_ray.data.folders import Tree
-from ask_ray.data.rows import Listing, Row, merged, texts
+from ask_ray.data.rows import Listing, Row, merged
 from ask_ray.data.schema import BLACKLISTED, SPLITS
 
 AUDIOCAPS = {"train": ("train",), "validation": ("val",), "test": ("test",)}
@@ -238,12 +238,8 @@ def _bare(name: str) -> str:
 
 
 def _row(tree: Tree, section: str, clip: str, names: list[str], captions: Sequence[object], source_id: str | None) -> Row:
-    """A row whose recording is looked for under several names; that it is missing is its problem."""
-    split = section if section in SPLITS else None
-    path = tree.find(section, *names) if clip else None
-    problem = "no file name" if not clip else "missing file" if path is None else None
-    detail = f"looked below {tree.root} for {', '.join(names)}" if problem == "missing file" else ""
-    return Row(clip, path or tree.root / names[0], texts(captions), split, source_id, problem=problem, detail=detail)
+    """A row of a section that is a split, or of a source of WavCaps, whose clips are dealt to splits."""
+    return tree.row(section, clip, names, captions, section if section in SPLITS else None, source_id)
 
 
 def _columns(table: pa.Table) -> str:

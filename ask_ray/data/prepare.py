@@ -1,4 +1,4 @@
-"""Preparing a corpus once, with Ray Data: decode, mono, resample, validate, write Parquet.
+"""Preparing a corpus once, with Ray Data: decode, bring to one form, validate, write Parquet.
 
 A shard is the unit: one task writes its Parquet file, a row group at a time, under a temporary name and renames it, so a file
 that is there is whole, an interrupted run is taken up where it stopped, and the files do not depend on how many tasks ran. The
@@ -26,7 +26,8 @@ from ask_ray.data import card
 from ask_ray.data.corpora import Shard, Source, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.schema import CLIPS, FORMAT, HELD_OUT, LEAKS, REJECTED, ROW_GROUP, SPLITS, UNBLAMED, Clip, Rejection
+from ask_ray.data.schema import FORMAT, HELD_OUT, KEPT, LEAKS, REJECTED, ROW_GROUP, SPLITS, UNBLAMED, Clip, Picture, Rejection
+from ask_ray.modality import THINGS, Modality
 from ask_ray.storage import Folder, digest_bytes, masked
 
 Progress = Callable[[int, int], None]
@@ -48,7 +49,7 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written.
         PreparingFailed: if a task fails; what is finished is kept.
     """
-    held_out = HeldOut.named(data.held_out, data.sample_rate)
+    held_out = HeldOut.named(data.held_out, data.form)
     source = source_of(data, held_out)
     home = Folder.at(data.prepared)
     folder = home / f"{data.corpus}-{_fingerprint(data, source, held_out)}"
@@ -77,7 +78,7 @@ def _innermost(error: BaseException) -> str:
 
 def _fingerprint(data: DataSettings, source: Source, held_out: HeldOut) -> str:
     """Twelve hexadecimal digits that change with whatever changes the prepared files."""
-    used = {"sample_rate", "min_seconds", "keep_seconds", "shard_clips", "corpus", data.corpus}
+    used = {*KEPT[data.modality].settings, "shard_clips", "corpus", data.corpus}
     values = json.dumps(data.model_dump(mode="json", include=used), sort_keys=True)
     return hashlib.blake2b(f"{FORMAT} {values} {source.key()} {held_out.key()}".encode(), digest_size=6).hexdigest()
 
@@ -97,7 +98,7 @@ def _write_all(
     written: list[dict[str, Any]] = []
     for training in (False, True):
         part = [shard for shard in shards if (shard.split == "train") is training]
-        against = _known(folder, written).joined(held_out) if training else HeldOut()
+        against = _known(folder, written, source.modality).joined(held_out) if training else HeldOut()
         for row in _run(data, source, folder, part, against):
             written.append(row)
             done += row["clips"] + row["rejected"]
@@ -105,9 +106,9 @@ def _write_all(
     return written
 
 
-def _known(folder: Folder, written: list[dict[str, Any]]) -> HeldOut:
+def _known(folder: Folder, written: list[dict[str, Any]], modality: Modality) -> HeldOut:
     """The digests of the evaluation splits' clips."""
-    manifest = {"splits": {split: _summary([row for row in written if row["split"] == split]) for split in HELD_OUT}}
+    manifest = {"splits": {split: _summary([row for row in written if row["split"] == split], modality) for split in HELD_OUT}}
     corpus = Corpus(folder, manifest)
     pairs = {split: corpus.identities(split) for split in HELD_OUT}
     return HeldOut(digests={
@@ -149,15 +150,15 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
     name, summary = f"{shard.name}.parquet", f"{shard.name}.json"
     if not (folder / "clips").exists(name) or not (folder / "shards").exists(summary):
         rejected: list[Rejection] = []
-        tally = _tally(shard)
+        tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
         with (folder / "clips").writing(name) as stream:
             sink = _Digesting(stream)
-            # Noise-like samples do not compress: the time is better spent elsewhere.
-            with pq.ParquetWriter(sink, CLIPS, compression="none", use_dictionary=False) as writer:
+            # Noise-like samples, of sounds as of photographs, hardly compress: the time is better spent elsewhere.
+            with pq.ParquetWriter(sink, schema, compression="none", use_dictionary=False) as writer:
                 clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
                 while group := list(islice(clips, ROW_GROUP)):
-                    writer.write_table(_table([clip.row() for clip in group], CLIPS), ROW_GROUP)
-                    _count(tally, group)
+                    writer.write_table(_table([clip.row() for clip in group], schema), ROW_GROUP)
+                    _count(tally, group, source.modality)
         tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": sink.digest()}
         tally["leaks"] = [vars(one) for one in rejected if one.reason in LEAKS][: card.EXAMPLES]
         (folder / "rejected").write(name, _parquet(rejected))
@@ -190,51 +191,53 @@ class _Digesting:
         return self._state.hexdigest()
 
 
-def _kept(found: Iterator[Clip | Rejection], held_out: HeldOut, rejected: list[Rejection]) -> Iterator[Clip]:
+def _kept(found: Iterator[Clip | Picture | Rejection], held_out: HeldOut, rejected: list[Rejection]) -> Iterator[Clip | Picture]:
     """The clips; what is set aside is put into `rejected`."""
     for item in found:
         if isinstance(item, Rejection):
             rejected.append(item)
         elif leak := held_out.find(digest=item.digest):
-            rejected.append(Rejection(item.id, item.source, leak.reason, f"it sounds as {leak.where} does"))
+            rejected.append(Rejection(item.id, item.source, leak.reason, f"its samples are those of {leak.where}"))
         else:
             yield item
 
 
-def _tally(shard: Shard) -> dict[str, Any]:
-    """Counts of a shard, before any clip. `rates`: clips by their recording's Hz; `lengths`: by their whole seconds; `words`:
-    captions by their number of words; `cut`: clips whose recordings are longer."""
-    counts = dict.fromkeys(("clips", "samples", "captions", "most_captions", "source_ids", "cut"), 0)
-    return {"name": f"{shard.name}.parquet", "split": shard.split, "seconds": 0.0, **counts} | {
-        name: Counter() for name in ("rates", "lengths", "words")
+def _tally(shard: Shard, modality: Modality) -> dict[str, Any]:
+    """Counts of a shard, before any clip; `words`: captions by their number of words. What else there is of a modality is told by
+    :data:`~ask_ray.data.schema.KEPT`."""
+    kept = KEPT[modality]
+    added = dict.fromkeys(("clips", "samples", "captions", "most_captions", "source_ids", *kept.added), 0)
+    return {"name": f"{shard.name}.parquet", "split": shard.split, **added} | {
+        name: Counter() for name in (*kept.counted, "words")
     }
 
 
-def _count(tally: dict[str, Any], clips: list[Clip]) -> None:
+def _count(tally: dict[str, Any], clips: list[Clip | Picture], modality: Modality) -> None:
     for clip in clips:
+        told = clip.tally()
         tally["clips"] += 1
-        tally["samples"] += len(clip.waveform)
-        tally["seconds"] += len(clip.waveform) / clip.rate
         tally["captions"] += len(clip.captions)
         tally["most_captions"] = max(tally["most_captions"], len(clip.captions))
         tally["source_ids"] += clip.source_id is not None
-        tally["cut"] += clip.cut
-        tally["rates"][str(clip.recorded_rate)] += 1
-        tally["lengths"][str(len(clip.waveform) // clip.rate)] += 1
+        for name in ("samples", *KEPT[modality].added):
+            tally[name] += told[name]
+        for name in KEPT[modality].counted:
+            tally[name][str(told[name])] += 1
         tally["words"].update(str(len(caption.split())) for caption in clip.captions)
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = {name: [row[name] for row in rows] for name in schema.names}
-    if "waveform" in columns:
-        columns["waveform"] = _waveforms(columns["waveform"])
+    for kept in KEPT.values():
+        if kept.samples in columns:
+            columns[kept.samples] = _lists(columns[kept.samples])
     return pa.table(columns, schema=schema)
 
 
-def _waveforms(waveforms: list[np.ndarray]) -> pa.ListArray:
-    """Row groups are small enough for 32-bit offsets: see the bound of `data.keep_seconds`."""
-    offsets = np.cumsum([0, *(len(one) for one in waveforms)])
-    return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate([np.zeros(0, np.int16), *waveforms]))
+def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    """Row groups are small enough for 32-bit offsets: see the bounds of `data.keep_seconds` and `data.image_size`."""
+    offsets = np.cumsum([0, *(len(one) for one in arrays)])
+    return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate(arrays))
 
 
 def _parquet(rejected: list[Rejection]) -> bytes:
@@ -253,7 +256,7 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
         reasons.update(row["reasons"])
     blamed = {reason: count for reason, count in sorted(reasons.items()) if reason not in UNBLAMED}
     rejected = sum(blamed.values())
-    told = f"{rejected} of {source.recordings()} recordings were set aside ({blamed}); see {folder / 'rejected'}"
+    told = f"{rejected} of {source.recordings()} {THINGS[data.modality]} were set aside ({blamed}); see {folder / 'rejected'}"
     if not any(row["clips"] for row in written if row["split"] == "train"):
         raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {told}")
     if rejected > data.max_rejected * source.recordings():
@@ -263,9 +266,10 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
     manifest = {
         "format": FORMAT,
         "corpus": data.corpus,
-        "sample_rate": data.sample_rate,
+        "modality": data.modality,
+        ("sample_rate" if data.modality == "audio" else "image_size"): data.form.resolution,
         "origin": source.origin(),
-        "splits": {split: _summary([row for row in written if row["split"] == split]) for split in SPLITS},
+        "splits": {split: _summary([row for row in written if row["split"] == split], data.modality) for split in SPLITS},
         "rejected": dict(sorted(reasons.items())),
         "leaks": leaks[: card.EXAMPLES],
         "settings": data.model_dump(mode="json")
@@ -275,14 +279,14 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
     folder.write_json("manifest.json", manifest)
 
 
-def _summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _summary(rows: Iterable[dict[str, Any]], modality: Modality) -> dict[str, Any]:
+    kept = KEPT[modality]
     rows = sorted((row for row in rows if row["clips"]), key=lambda row: row["name"])
     files = [{key: row[key] for key in ("name", "clips", "digest")} for row in rows]
     return {
-        **{name: sum(row[name] for row in rows) for name in ("clips", "captions", "samples", "source_ids", "cut")},
+        **{name: sum(row[name] for row in rows) for name in ("clips", "captions", "samples", "source_ids", *kept.added)},
         "most_captions": max((row["most_captions"] for row in rows), default=0),
-        "hours": sum(row["seconds"] for row in rows) / 3600,
-        **{name: _merged(row[name] for row in rows) for name in ("rates", "lengths", "words")},
+        **{name: _merged(row[name] for row in rows) for name in (*kept.counted, "words")},
         "digest": digest_bytes(json.dumps(files).encode()),
         "files": files,
     }

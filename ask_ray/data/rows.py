@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ask_ray.config import SplitShares
-from ask_ray.data import audio
+from ask_ray.data.files import is_there
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.schema import BY_ID, HELD_OUT, REJECTED, SPLITS, Rejection
 
@@ -61,7 +61,7 @@ class Row:
 
     def key(self) -> str:
         """The row, and its file's size and time of change."""
-        stat = self.path.stat() if audio.is_there(self.path) else None
+        stat = self.path.stat() if is_there(self.path) else None
         stamp = stat and (stat.st_size, stat.st_mtime_ns)
         return repr((self.id, self.source, self.captions, self.split, self.source_id, stamp))
 

@@ -1,4 +1,4 @@
-"""The one Arrow schema of a prepared corpus, and what makes a recording usable."""
+"""The Arrow schema of a prepared corpus, of sounds or of pictures, and what makes a recording or a picture usable."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ask_ray.config import UserError
+from ask_ray.modality import Modality
 from ask_ray.storage import digest_bytes
 
 SPLITS = ("train", "validation", "test")
@@ -19,25 +21,62 @@ SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
 
 #: Of manifests and files as written here; a corpus of another format is prepared anew.
-FORMAT = 2
+FORMAT = 3
 
 #: Clips in a row group of the Parquet files: what is read at once.
 ROW_GROUP = 64
 
-#: A row is a clip: mono 16-bit samples at the corpus's rate, all its captions, the file it came from, seconds; what the
-#: recording was taken from, named alike in every corpus (`freesound:1234`, `youtube:…`), if that is known; the samples' digest.
-CLIPS = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
-        pa.field("waveform", pa.list_(pa.int16()), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("duration", pa.float32(), nullable=False),
-        pa.field("source_id", pa.string()),
-        pa.field("digest", pa.string(), nullable=False),
-    ]
+
+def _rows_of(*own: pa.Field) -> pa.Schema:
+    """All captions of a clip, the file it came from, and its own columns; what it was taken from, named alike in every corpus
+    (`freesound:1234`, `youtube:…`, `coco:…`), if that is known; the digest of its samples."""
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("split", pa.string(), nullable=False),
+            pa.field("captions", pa.list_(pa.string()), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            *own,
+            pa.field("source_id", pa.string()),
+            pa.field("digest", pa.string(), nullable=False),
+        ]
+    )
+
+
+#: A row is a clip: mono 16-bit samples at the corpus's rate, seconds.
+CLIPS = _rows_of(pa.field("waveform", pa.list_(pa.int16()), nullable=False), pa.field("duration", pa.float32(), nullable=False))
+
+#: A row is a picture: its pixels row by row, red, green and blue of each; both sides in pixels. They are kept as they are seen by
+#: training, like the samples of a recording: a corpus is read many times, and nothing is decoded or lost again.
+PICTURES = _rows_of(
+    pa.field("pixels", pa.list_(pa.uint8()), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
 )
+
+
+class Kept(NamedTuple):
+    """What a prepared corpus holds of a modality.
+
+    samples: the column of samples, of so many `bytes` each; sides: the columns of their shape, if they have one; settings: of
+    `data`, those that change it; added: numbers that are added up over clips; counted: numbers that clips are counted by.
+    """
+
+    schema: pa.Schema
+    samples: str
+    bytes: int
+    sides: tuple[str, ...]
+    settings: tuple[str, ...]
+    added: tuple[str, ...]
+    counted: tuple[str, ...]
+
+
+KEPT: dict[Modality, Kept] = {
+    "audio": Kept(
+        CLIPS, "waveform", 2, (), ("sample_rate", "min_seconds", "keep_seconds"), ("seconds", "cut"), ("rates", "lengths")
+    ),
+    "image": Kept(PICTURES, "pixels", 1, ("height", "width"), ("image_size",), ("shrunk",), ("shorter", "longer")),
+}
 
 #: A row is a recording or manifest row that could not be used, and why.
 REJECTED = pa.schema(
@@ -58,9 +97,12 @@ UNBLAMED = (NO_CAPTION, BLACKLISTED, *LEAKS)
 #: Peaks below this (-80 dB of full scale) count as silence.
 SILENCE = 1e-4
 
+#: Pictures with a side of fewer pixels show nothing.
+LEAST_SIDE = 8
+
 
 class UnusableClip(UserError, ValueError):
-    """A recording or row that is set aside; `reason` is one of a few words, the message says more."""
+    """A recording, picture or row that is set aside; `reason` is one of a few words, the message says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -102,6 +144,50 @@ class Clip:
             "source_id": self.source_id,
             "digest": self.digest,
         }
+
+    def tally(self) -> dict[str, float]:
+        """What the data card is made from: see :data:`KEPT`. `rates`: Hz of the recording; `lengths`: whole seconds."""
+        samples = len(self.waveform)
+        told = {"samples": samples, "seconds": samples / self.rate, "cut": self.cut}
+        return told | {"rates": self.recorded_rate, "lengths": samples // self.rate}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A usable picture. `pixels`: (height, width, 3) uint8, red, green, blue; `shrunk`: whether the file holds more."""
+
+    id: str
+    split: str
+    captions: tuple[str, ...]
+    pixels: np.ndarray = field(repr=False)
+    source: str
+    source_id: str | None = None
+    shrunk: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the pixels and their shape: the same in every corpus of the same `data.image_size` that holds the picture."""
+        return digest_bytes(repr(self.pixels.shape).encode() + self.pixels.tobytes())
+
+    def row(self) -> dict[str, object]:
+        """The picture as a row of :data:`PICTURES`."""
+        height, width, _ = self.pixels.shape
+        return {
+            "id": self.id,
+            "split": self.split,
+            "captions": list(self.captions),
+            "source": self.source,
+            "pixels": self.pixels.ravel(),
+            "height": height,
+            "width": width,
+            "source_id": self.source_id,
+            "digest": self.digest,
+        }
+
+    def tally(self) -> dict[str, float]:
+        """What the data card is made from: see :data:`KEPT`. `shorter`, `longer`: pixels of the sides."""
+        sides = sorted(self.pixels.shape[:2])
+        return {"samples": self.pixels.size, "shrunk": self.shrunk, "shorter": sides[0], "longer": sides[1]}
 
 
 @dataclass(frozen=True)
@@ -147,3 +233,15 @@ def usable_waveform(samples: np.ndarray, rate: int, min_seconds: float) -> np.nd
     if peak < SILENCE:
         raise UnusableClip("silent", f"the loudest sample is {peak:.1e} of full scale")
     return np.clip(np.rint(samples * 32767.0), -32768, 32767).astype(np.int16)
+
+
+def usable_pixels(pixels: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8 as they are.
+
+    Raises:
+        UnusableClip: if a side is too short to show anything.
+    """
+    height, width, _ = pixels.shape
+    if min(height, width) < LEAST_SIDE:
+        raise UnusableClip("too small", f"{width} × {height} pixels; each side needs {LEAST_SIDE}")
+    return pixels

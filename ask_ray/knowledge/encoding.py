@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from torch import Tensor
 
 from ask_ray.config import ModelSettings, PoolSettings
-from ask_ray.data.batches import crop, pad
+from ask_ray.data.batches import crop, longest, pad
 from ask_ray.data.corpus import ClipRows, Corpus, Group
 from ask_ray.data.schema import id_number
 from ask_ray.knowledge.snapshot import Embeddings, Entries
@@ -36,7 +36,7 @@ class EncodingError(RuntimeError):
 class EncodingPlan:
     """What is encoded, with what.
 
-    sources: in the order of their entries, all at one sample rate; captions_per_clip: most entries made of each clip;
+    sources: in the order of their entries, all of one form; captions_per_clip: most entries made of each clip;
     max_seconds: longer clips are cropped; model, pool: as in the settings.
     """
 
@@ -87,13 +87,16 @@ def probe_units(plan: EncodingPlan, clips: int) -> list[Unit]:
     return every
 
 
-def encode_rows(model: DualEncoder, rows: ClipRows, plan: EncodingPlan, rate: int, device: torch.device) -> dict[str, Any]:
+def encode_rows(model: DualEncoder, rows: ClipRows, plan: EncodingPlan, rate: int | None, device: torch.device) -> dict[str, Any]:
     """Encode the clips of a row group and their first captions, as columns of one row an entry.
+
+    Args:
+        rate: Hz of waveforms, None of pictures.
 
     Returns:
         id, number, caption, which: the entry; audio, text: (n, d) float32.
     """
-    limit = round(plan.max_seconds * rate)
+    limit = longest(plan.max_seconds, rate)
     pairs = [(row, which) for row in range(len(rows)) for which in range(min(plan.captions_per_clip, len(rows.captions[row])))]
     captions = [rows.captions[row][which] for row, which in pairs]
     audio, text = encode_batches(model, rows, captions, limit, plan.pool.batch_size, device)
@@ -109,7 +112,7 @@ def encode_rows(model: DualEncoder, rows: ClipRows, plan: EncodingPlan, rate: in
 
 
 def encode_batches(
-    model: DualEncoder, rows: ClipRows, captions: list[str], limit: int, size: int, device: torch.device
+    model: DualEncoder, rows: ClipRows, captions: list[str], limit: int | None, size: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode every clip of a row group, cropped to `limit` samples, and some captions, in batches of `size`.
 
@@ -122,12 +125,12 @@ def encode_batches(
     return torch.cat(audio).cpu().numpy(), torch.cat(text).cpu().numpy()
 
 
-def batches_of_clips(rows: ClipRows, limit: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Waveforms and lengths of `size` clips at a time, cropped to `limit` samples."""
-    waveforms = [crop(rows.waveform(row), limit) for row in range(len(rows))]
-    for start in range(0, len(waveforms), size):
-        waves, lengths = pad(waveforms[start : start + size])
-        yield waves.to(device), lengths.to(device)
+def batches_of_clips(rows: ClipRows, limit: int | None, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Waveforms and lengths, or pictures and sizes, of `size` clips at a time, cropped to `limit` samples."""
+    signals = [crop(rows.signal(row), limit) for row in range(len(rows))]
+    for start in range(0, len(signals), size):
+        inputs, sizes = pad(signals[start : start + size])
+        yield inputs.to(device), sizes.to(device)
 
 
 def batches_of_captions(

@@ -98,7 +98,7 @@ def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
         corpus: the run's.
 
     Raises:
-        SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another sample rate, no
+        SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another form, no
             training clips, a missing modality, clips that the run holds out (by id, source id or digest), or an id that stands
             for different recordings.
     """
@@ -129,14 +129,14 @@ def _opened(source: Source, corpus: Corpus) -> Corpus:
         opened = Corpus.open(source.corpus)
     except (SettingsError, OSError) as error:
         raise SettingsError(f"knowledge.sources: {error}") from error
-    if opened.sample_rate != corpus.sample_rate:
+    if opened.form != corpus.form:
         raise SettingsError(
-            f"knowledge.sources: {opened.folder} has {opened.sample_rate} Hz, the run's corpus {corpus.sample_rate} Hz: prepare "
-            f"it with --data.sample_rate {corpus.sample_rate}"
+            f"knowledge.sources: {opened.folder} has {opened.form}, the run's corpus {corpus.form}: prepare it with "
+            f"--{corpus.form.setting}"
         )
     if opened.clips(source.split) == 0:
         raise SettingsError(f"knowledge.sources: {opened.folder} has no clips in its {source.split} split to be read")
-    lacking = [column for column in ("waveform", "captions") if column not in opened.columns(source.split)]
+    lacking = [column for column in (corpus.kept.samples, "captions") if column not in opened.columns(source.split)]
     if lacking:
         raise SettingsError(
             f"knowledge.sources: {opened.folder} lacks {' and '.join(lacking)}: an entry is a recording with a caption, so give "
@@ -166,8 +166,8 @@ def _refuse_clash(source: Source, opened: Corpus, places: dict[str, int], other:
         return
     spread = np.linspace(0, len(shared) - 1, min(COMPARED, len(shared))).round().astype(int)
     chosen = [shared[place] for place in spread]
-    ours = opened.waveforms(source.split, [places[clip] for clip in chosen])
-    theirs = other.waveforms("train", [there[clip] for clip in chosen])
+    ours = opened.signals(source.split, [places[clip] for clip in chosen])
+    theirs = other.signals("train", [there[clip] for clip in chosen])
     for clip in chosen:
         if not np.array_equal(ours[places[clip]], theirs[there[clip]]):
             raise SettingsError(

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ask_ray.method.interaction import Tokens, combined, token_scores, token_weights
 from ask_ray.models.audio_towers import AudioTower
+from ask_ray.models.image_towers import ImageTower
 from ask_ray.models.pooling import Encoded
 from ask_ray.models.text_towers import TextTower
 
@@ -33,12 +34,14 @@ class Encoding(NamedTuple):
 class DualEncoder(nn.Module):
     """Audio and captions in one space of unit vectors; their dot products are cosine similarities.
 
-    With token-wise interaction, their frames and words are in another such space, at most 128 wide.
+    With token-wise interaction, their frames and words are in another such space, at most 128 wide. Where a corpus is one of
+    pictures, an image tower stands for the audio tower: what is said of waveforms, lengths in samples and frames then holds for
+    its pictures, sizes and patches.
     """
 
     def __init__(
         self,
-        audio: AudioTower,
+        audio: AudioTower | ImageTower,
         text: TextTower,
         dim: int,
         dropout: float,

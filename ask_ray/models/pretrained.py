@@ -20,7 +20,13 @@ from ask_ray.models.pooling import masked_max, masked_mean
 from ask_ray.models.weights import WeightsError, few, first_line, folder_of
 
 if TYPE_CHECKING:
-    from transformers import FeatureExtractionMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BaseImageProcessor,
+        FeatureExtractionMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 # transformers takes seconds to import, which every Ray worker would pay: only what builds such a tower imports it.
 
@@ -87,6 +93,17 @@ def read_extractor(origin: Origin) -> FeatureExtractionMixin:
     return _read(AutoFeatureExtractor.from_pretrained, origin)
 
 
+def read_processor(origin: Origin) -> BaseImageProcessor:
+    """The model's image processor.
+
+    Raises:
+        WeightsError: if it is missing, damaged or of no vision model.
+    """
+    from transformers import AutoImageProcessor
+
+    return _read(AutoImageProcessor.from_pretrained, origin)
+
+
 def read_model(
     kind: Any, config: PretrainedConfig, origin: Origin, tower: str, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -125,7 +142,7 @@ def _read(reader: Callable[..., Any], origin: Origin, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise WeightsError(
             f"{origin} could not be loaded ({first_line(error)}); give a local folder with config.json, model.safetensors and "
-            "the files of its tokeniser or feature extractor"
+            "the files of its tokeniser, feature extractor or image processor"
         ) from error
 
 
@@ -192,12 +209,16 @@ def pooled(output: Any, mask: Tensor | None, pooling: str) -> Tensor:
     if pooling == "pooler":
         if getattr(output, "pooler_output", None) is None:
             raise SettingsError(
-                "model.audio_pooling, model.text_pooling: the model pools nothing itself; choose mean, max or first"
+                "model.audio_pooling, model.image_pooling, model.text_pooling: the model pools nothing itself; choose mean, max "
+                "or first"
             )
-        return output.pooler_output
+        return output.pooler_output.flatten(1)
     states = states_of(output)
     if states is None:
-        raise SettingsError("model.audio_pooling, model.text_pooling: the model gives its own pooled output alone; choose pooler")
+        raise SettingsError(
+            "model.audio_pooling, model.image_pooling, model.text_pooling: the model gives its own pooled output alone; choose "
+            "pooler"
+        )
     if pooling == "first":
         return states[:, 0]
     inside = mask if mask is not None else states.new_ones(states.shape[:2], dtype=torch.bool)

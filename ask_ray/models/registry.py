@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from ask_ray.config import HF, ModelSettings, SettingsError
 from ask_ray.data.frontend import TINY_MEL
+from ask_ray.modality import Modality
 from ask_ray.models import ced, text_towers
 from ask_ray.models.audio_towers import AudioTower, ResNet38, TinyAudio
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.models.hf_audio import HfAudio
+from ask_ray.models.hf_image import HfImage
+from ask_ray.models.image_towers import ImageTower, TinyImage
 from ask_ray.models.text_towers import TextTower, TinyText
 from ask_ray.models.weights import fit, load_tensors, published_tensors
 
@@ -48,6 +51,13 @@ def audio_tower(model: ModelSettings, sample_rate: int) -> AudioTower:
     return tower
 
 
+def image_tower(model: ModelSettings) -> ImageTower:
+    """The tower that `model.image` names; errors as for :func:`build`."""
+    if model.image == "tiny":
+        return TinyImage(model.width, model.dropout, model.image_crop)
+    return HfImage(model.image.removeprefix(HF), model.image_pooling, model.image_crop)
+
+
 def text_tower(model: ModelSettings) -> TextTower:
     """The tower that `model.text` names; errors as for :func:`build`."""
     if model.text == "tiny":
@@ -67,12 +77,12 @@ def _no_weights(side: str, name: str, weights: str | None) -> None:
         raise SettingsError(f"model.{side}_weights is {weights}, but model.{side}={name} {why}: unset one of them")
 
 
-def build(model: ModelSettings, sample_rate: int) -> DualEncoder:
+def build(model: ModelSettings, sample_rate: int | None) -> DualEncoder:
     """The dual encoder of these settings, in training mode on the CPU; seed PyTorch first to repeat its weights.
 
     Args:
         model: names, sizes and weights of the towers.
-        sample_rate: Hz of the waveforms it will be given.
+        sample_rate: Hz of the waveforms it will be given; None: it will be given pictures.
 
     Raises:
         SettingsError: if settings contradict each other; the message names the field and the fix.
@@ -80,10 +90,12 @@ def build(model: ModelSettings, sample_rate: int) -> DualEncoder:
     """
     if model.freq_mask > TINY_MEL.mels:
         raise SettingsError(f"model.freq_mask is {model.freq_mask} but features have {TINY_MEL.mels} mels: lower it")
-    audio, text, widths = audio_tower(model, sample_rate), text_tower(model), None
+    modality: Modality = "image" if sample_rate is None else "audio"
+    tower = image_tower(model) if sample_rate is None else audio_tower(model, sample_rate)
+    text, widths = text_tower(model), None
     if model.interaction == "late":
-        widths = _tokens("audio", model.audio, audio.token_width), _tokens("text", model.text, text.token_width)
-    return DualEncoder(audio, text, model.dim, model.dropout, model.temperature, widths)
+        widths = _tokens(modality, model.tower(modality), tower.token_width), _tokens("text", model.text, text.token_width)
+    return DualEncoder(tower, text, model.dim, model.dropout, model.temperature, widths)
 
 
 def _tokens(side: str, name: str, width: int | None) -> int:

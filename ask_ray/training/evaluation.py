@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ask_ray.config import AskSettings, Settings
 from ask_ray.data import rarity
+from ask_ray.data.batches import longest
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import id_number
@@ -57,7 +58,7 @@ def encode_split(
     """Encode a split with the model in evaluation mode; with several ranks each encodes its part and all get the whole."""
     training = model.training
     model.eval()
-    limit = round(settings.data.max_seconds * corpus.sample_rate)
+    limit = longest(settings.data.max_seconds, corpus.sample_rate)
     size = settings.knowledge.pool.batch_size
     parts = []
     for unit, group in enumerate(corpus.groups(split)):

@@ -40,9 +40,9 @@ def forecast(settings: Settings, corpus: Corpus, parameters: int, frames: int = 
     training, clips = settings.training, corpus.clips("train")
     per_epoch = clips // (training.workers or 1) // training.batch_size
     entries = entries_of(settings.knowledge, corpus.folder.uri) if settings.ask.enabled else 0
-    waveforms = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
+    cached = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
     tokens = max(_token_bytes(settings, corpus, split, frames) for split in ("validation", "test")) if frames else 0
-    own, shared = PER_PARAMETER * parameters + waveforms + tokens, _knowledge_bytes(settings, entries)
+    own, shared = PER_PARAMETER * parameters + cached + tokens, _knowledge_bytes(settings, entries)
     corrections = settings.knowledge.corrections
     if corrections.write_back or corrections.drift_map:  # then each worker changes a copy of its own
         own, shared = own + shared, 0
@@ -74,7 +74,7 @@ def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:
     if room < workers:
         raise SettingsError(
             f"training.workers: each of {workers} workers keeps {made.worker_bytes / 2**30:.1f} GiB ({made.parameters:,} "
-            f"parameters with optimiser, cached waveforms, {made.token_bytes / 2**30:.1f} GiB of tokens), their nodes "
+            f"parameters with optimiser, cached clips, {made.token_bytes / 2**30:.1f} GiB of tokens), their nodes "
             f"{made.node_bytes / 2**30:.1f} GiB of {made.entries:,} knowledge entries; the cluster holds "
             f"{sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower training.workers, model.dim, data.cache_mib or the "
             "knowledge sources, or add nodes"

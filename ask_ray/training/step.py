@@ -100,7 +100,7 @@ class Stepper:
             TrainingDiverged: before the weights change, if the gradient is not finite.
         """
         with self._autocast:
-            audio, text, scale = self._wrapped(batch.waveforms, batch.lengths, batch.words, batch.mask)
+            audio, text, scale = self._wrapped(batch.inputs, batch.sizes, batch.words, batch.mask)
         u, v = audio.vectors, text.vectors
         tokens = None if audio.tokens is None else (audio.tokens, text.tokens)
         ids = gather(batch.ids)

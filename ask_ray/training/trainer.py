@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -14,7 +15,8 @@ from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, Scalin
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ask_ray.config import Settings, SettingsError, UserError
+from ask_ray.config import DataSettings, Settings, SettingsError, UserError
+from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
@@ -77,7 +79,7 @@ def _scaling(settings: Settings) -> ScalingConfig:
 
 
 class Towers(NamedTuple):
-    """parameters: of both towers; frames: tokens of a clip of `data.max_seconds`, 0 where only embeddings meet."""
+    """parameters: of both towers; frames: tokens of a picture or of `data.max_seconds`; 0 where only embeddings meet."""
 
     parameters: int
     frames: int
@@ -89,14 +91,20 @@ def check_towers(settings: Settings) -> Towers:
     Raises:
         SettingsError, WeightsError: naming the field or the file.
     """
-    model = registry.build(settings.model, settings.data.sample_rate).eval()
+    model = registry.build(settings.model, settings.data.form.sample_rate).eval()
     parameters, frames = sum(parameter.numel() for parameter in model.parameters()), 0
     if settings.model.interaction == "late":
-        longest = torch.zeros(1, round(settings.data.max_seconds * settings.data.sample_rate))
         with torch.inference_mode():
-            tokens = model.audio_encoding(longest, torch.tensor([longest.shape[1]])).tokens
+            tokens = model.audio_encoding(*pad([_largest(settings.data)])).tokens
         frames = 0 if tokens is None else tokens.mask.shape[1]
     return Towers(parameters, frames)
+
+
+def _largest(data: DataSettings) -> np.ndarray:
+    """Silence as long as clips may be, or a black picture: towers make as many tokens of it as of any."""
+    if data.form.sample_rate is None:
+        return np.zeros((data.image_size, data.image_size, 3), np.uint8)
+    return np.zeros(round(data.max_seconds * data.form.sample_rate), np.int16)
 
 
 def check(settings: Settings, corpus: Corpus) -> None:
@@ -120,7 +128,9 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
             "of the training split: lower training.batch_size or training.workers"
         )
     if corpus.clips("test") == 0:
-        raise SettingsError("data: the test split is empty: hold some clips out (data.folder.test, data.soundscapes.test)")
+        raise SettingsError(
+            "data: the test split is empty: hold some out (data.folder.test, data.soundscapes.test), or add its list"
+        )
 
 
 def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:

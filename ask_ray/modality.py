@@ -1,0 +1,41 @@
+"""What captions describe, sounds or pictures, and what that is called wherever a run speaks of it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Modality = Literal["audio", "image"]
+
+#: What one of them is called, many at once.
+THINGS: dict[Modality, str] = {"audio": "clips", "image": "images"}
+
+#: Both directions of retrieval by what their figures are filed under, whatever the modality.
+WAYS = ("t2a", "a2t")
+
+
+def headings(modality: Modality) -> dict[str, str]:
+    """What the directions of :data:`WAYS` are called."""
+    return dict(zip(WAYS, (f"text → {modality}", f"{modality} → text"), strict=True))
+
+
+class Form(NamedTuple):
+    """How the clips of a prepared corpus are kept. resolution: Hz of waveforms, or most pixels of a picture's shorter side.
+
+    Only clips of one form can be compared by their samples.
+    """
+
+    modality: Modality
+    resolution: int
+
+    def __str__(self) -> str:
+        return f"{self.resolution} Hz" if self.modality == "audio" else f"images of {self.resolution} pixels"
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Hz; None of pictures."""
+        return self.resolution if self.modality == "audio" else None
+
+    @property
+    def setting(self) -> str:
+        """What prepares a corpus so."""
+        return f"data.{'sample_rate' if self.modality == 'audio' else 'image_size'} {self.resolution}"
