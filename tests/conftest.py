@@ -196,6 +196,48 @@ def _listeners() -> dict:
     return made
 
 
+def _viewers() -> dict:
+    """Vision models of transformers by name, each of a few thousand weights, and its image processor."""
+    from transformers import BitImageProcessor as DinoImageProcessor
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        ConvNextConfig,
+        ConvNextImageProcessor,
+        ConvNextModel,
+        Dinov2Config,
+        Dinov2Model,
+        ViTConfig,
+        ViTImageProcessor,
+        ViTModel,
+    )
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    patches = {"image_size": 32, "patch_size": 8}
+    square, shortest = {"height": 32, "width": 32}, {"shortest_edge": 32}
+    clip = CLIPConfig(
+        text_config=small | {"vocab_size": 9, "intermediate_size": 32},
+        vision_config=small | patches | {"intermediate_size": 32},
+        projection_dim=16,
+    )
+    return {
+        "vit": (
+            ViTModel(ViTConfig(**small, **patches, intermediate_size=32)),
+            ViTImageProcessor(size=square, resample=2),
+        ),
+        "clip-vision": (CLIPModel(clip), CLIPImageProcessor(size=shortest, crop_size=square)),
+        "dinov2": (
+            Dinov2Model(Dinov2Config(**small, **patches, mlp_ratio=2)),
+            DinoImageProcessor(size={"shortest_edge": 40}, crop_size=square, resample=3),
+        ),
+        "convnext": (
+            ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1] * 4)),
+            ConvNextImageProcessor(size=shortest, crop_pct=0.8),
+        ),
+    }
+
+
 def _readers() -> dict:
     """Text models of transformers by name, each of a few thousand weights, and its tokeniser."""
     from transformers import (
@@ -252,7 +294,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
     home = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, (model, before) in {**_listeners(), **_readers()}.items():
+    for name, (model, before) in {**_listeners(), **_viewers(), **_readers()}.items():
         model.save_pretrained(home / name)
         before.save_pretrained(home / name)
     return {path.name: path for path in home.iterdir()}

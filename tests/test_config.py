@@ -9,7 +9,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ask_ray.config import AUDIO_TOWERS, PRESETS, TEXT_TOWERS, Settings, SettingsError, flat, load, parse, parser
+from ask_ray.config import AUDIO_TOWERS, IMAGE_TOWERS, PRESETS, TEXT_TOWERS, Settings, SettingsError, flat, load, parse, parser
 
 # Values just outside what each numeric field allows.
 OUTSIDE = {
@@ -39,6 +39,8 @@ OUTSIDE = {
     "data.parquet.validation": [-0.01, 1.01],
     "data.parquet.test": [-0.01, 1.01],
     "data.keep_seconds": [0, 600.1],
+    "data.image_size": [15, 1025],
+    "data.coco.validation": [-0.01, 1.0],
     "model.dim": [1, 4097],
     "model.width": [0, 4.1],
     "model.dropout": [-0.1, 1],
@@ -46,6 +48,7 @@ OUTSIDE = {
     "model.temperature": [0, 10.1],
     "model.freq_mask": [-1],
     "model.time_mask": [-1],
+    "model.image_crop": [0, 1.01],
     "ask.rho": [-0.01, 1.01, float("nan")],
     "ask.neighbours": [0],
     "ask.prototypes": [-1],
@@ -97,6 +100,8 @@ OUTSIDE = {
     "training.max_failures": [-1],
 }
 
+TOWERS = {"model.audio": AUDIO_TOWERS, "model.image": IMAGE_TOWERS, "model.text": TEXT_TOWERS}
+
 # Combinations that cannot work, and the fields that the message has to name.
 IMPOSSIBLE = [
     ({"ask.fine": False, "ask.coarse": False}, ("ask.fine", "ask.coarse")),
@@ -104,7 +109,16 @@ IMPOSSIBLE = [
     ({"ask.fine": False}, ("ask.negatives", "ask.fine")),
     ({"data.min_seconds": 3.0, "data.max_seconds": 2.0}, ("data.min_seconds", "data.max_seconds")),
     ({"data.min_seconds": 3.0, "data.keep_seconds": 2.0}, ("data.min_seconds", "data.keep_seconds")),
-    *(({"data.corpus": name}, (f"data.{name}.path",)) for name in ("folder", "audiocaps", "clotho", "wavcaps", "parquet")),
+    *(
+        ({"data.corpus": name}, (f"data.{name}.path",))
+        for name in ("folder", "audiocaps", "clotho", "wavcaps", "parquet", "coco", "flickr30k")
+    ),
+    *(
+        ({"data.corpus": "coco", "data.coco.path": "/coco", field: value}, (field, "model.image", "data.corpus=coco"))
+        for field, value in (("model.audio", "resnet38"), ("model.audio_weights", "x"), ("model.audio_pooling", "max"))
+    ),
+    ({"model.image": "hf:some/vit"}, ("model.image", "model.audio", "data.corpus=soundscapes")),
+    ({"model.image_pooling": "pooler"}, ("model.image_pooling", "model.audio")),
     ({"data.wavcaps.validation": 0.5, "data.wavcaps.test": 0.5}, ("data.wavcaps.validation", "data.wavcaps.test")),
     ({"data.parquet.validation": 0.9}, ("data.parquet.validation", "data.parquet.test")),
     ({"data.folder.validation": 0.5, "data.folder.test": 0.5}, ("data.folder.validation", "data.folder.test")),
@@ -135,6 +149,7 @@ WRONG_TYPES = [
     ("model.audio", "bert"),
     ("model.audio", "hf:"),
     ("model.audio", "xhf:a"),
+    ("model.image", "resnet38"),
     ("model.text", "hf: a"),
     ("model.text", "resnet38"),
     ("model.audio_pooling", "median"),
@@ -195,9 +210,8 @@ def values_of(name: str) -> st.SearchStrategy:
     if name in ("data.held_out", "data.wavcaps.blacklists"):
         places = st.lists(st.sampled_from(["s3://bucket/clotho", "a folder/ünïcode.json"]), unique=True)
         return places if name == "data.held_out" else st.none() | places
-    if name in ("model.audio", "model.text"):
-        towers = AUDIO_TOWERS if name == "model.audio" else TEXT_TOWERS
-        return st.sampled_from([*towers, "hf:org/a model", "hf:/ünïcode/folder"])
+    if name in TOWERS:
+        return st.sampled_from([*TOWERS[name], "hf:org/a model", "hf:/ünïcode/folder"])
     if name == "run.name":
         return st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)
     words = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).map(lambda text: f"/a {text}")

@@ -18,6 +18,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
+from picture_trees import coco_2017, save, scene
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -26,6 +28,7 @@ from ask_ray.config import Settings, SettingsError, UserError, load
 from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
+from ask_ray.data.schema import UnusableClip
 from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
@@ -362,22 +365,26 @@ def test_a_run_whose_tokens_meet_trains_is_evaluated_and_ranks_its_shortlist_by_
         assert all(abs(of[name] - result["final"][way][name]) <= 0.05 for name in ("r1", "r10"))
 
     monkeypatch.setattr(inspection, "SHORTLIST", 6)
-    corpus = Corpus.open(opened.stood.corpus)
+    ranked_token_by_token(opened, "a dog barks", write_audio(tmp_path / "a.flac", rate=16000, seconds=1.0))
+
+
+def ranked_token_by_token(opened: inspection.OpenedRun, text: str, file: Path) -> None:
+    """A text, which finds more than are ranked token by token too, and a file find what they score highest with one by one."""
+    folder, corpus = str(opened.place.folder), Corpus.open(opened.stood.corpus)
     place = {clip: number for number, clip in enumerate(corpus.ids("train"))}
-    recording = write_audio(tmp_path / "a.flac", rate=16000, seconds=1.0)
     with torch.inference_mode():
-        asked = opened.model.text_encoding(*opened.model.tokenise(["a dog barks"]))
-        heard = inspection._heard(recording, opened)
-        for query, most in (("a dog barks", 4), (str(recording), 4), ("a dog barks", 9)):
-            found = inspection.search(query, result["folder"], "", most, quiet())
+        asked = opened.model.text_encoding(*opened.model.tokenise([text]))
+        perceived = inspection._perceived(file, opened)
+        for query, most in ((text, 4), (str(file), 4), (text, 9)):
+            found = inspection.search(query, folder, "", most, quiet())
             assert len({clip for _, clip, _ in found}) == len(found) == most
             assert [score for score, _, _ in found] == sorted((score for score, _, _ in found), reverse=True)
             for score, clip, caption in found:
-                if query == "a dog barks":
-                    batch = pad([*corpus.waveforms("train", [place[clip]]).values()])
+                if query == text:
+                    batch = pad([*corpus.signals("train", [place[clip]]).values()])
                     expected = scores(opened.model.audio_encoding(*batch), asked)
                 else:
-                    expected = scores(heard, opened.model.text_encoding(*opened.model.tokenise([caption])))
+                    expected = scores(perceived, opened.model.text_encoding(*opened.model.tokenise([caption])))
                 assert score == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -440,6 +447,100 @@ def test_public_corpora_are_trained_on_once_what_is_evaluated_is_out_of_the_know
     assert result["steps"] == 4
     assert result["final"]["t2a"]["n"] == 3
     assert {row["entries"] for row in result["refreshes"]} == {run.clips("train") + guarded.clips("train")}
+
+
+@pytest.fixture(scope="module")
+def seen_run(ray_session: None, home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A finished run on pictures."""
+    root = coco_2017(tmp_path_factory.mktemp("coco"), train=150, test=32)
+    return experiment.run(image_settings(home, root), quiet())
+
+
+def image_settings(home: Path, root: Path, **changes: dict[str, object]) -> Settings:
+    data = {"corpus": "coco", "image_size": 32, "coco": {"path": str(root), "validation": 0.1}}
+    return settings_of(home, **{"run": {"name": "seen"}, "data": data, **changes})
+
+
+def test_pictures_are_trained_on_evaluated_and_told_as_such(seen_run: dict, tmp_path: Path) -> None:
+    folder = Path(seen_run["folder"])
+    assert seen_run["modality"] == "image"
+    assert len(seen_run["refreshes"]) >= 2
+    assert seen_run["refreshes"][0]["entries"] == 135
+    assert seen_run["final"]["t2a"]["n"] == 32
+    assert seen_run["final_injected"]["a2t"]["m"] == 64
+    epochs = [event for event in json.loads((folder / "history.json").read_text()) if event["kind"] == "epoch"]
+    assert all(np.isfinite(epoch["loss"]) for epoch in epochs)
+    assert (epochs[1]["t2a_n"], epochs[1]["a2t_m"]) == (15, 30)
+    assert epochs[-1]["rdm_audio"] >= 0
+    text = io.StringIO()
+    file = tmp_path / "figures.md"
+    found = inspection.evaluate(str(folder), None, "test", [str(file)], True, True, Console(file=text, width=200))
+    assert {way: found["final"][way]["r1"] for way in ("t2a", "a2t")} == {
+        way: seen_run["final"][way]["r1"] for way in ("t2a", "a2t")
+    }
+    for told in (text.getvalue(), file.read_text()):
+        assert "text → image" in told
+        assert "image → text" in told
+        assert "N images" in told
+        assert "audio" not in told
+        assert "clip" not in told
+
+
+def test_search_takes_a_picture_or_a_text(seen_run: dict, tmp_path: Path) -> None:
+    image, _ = scene(5)
+    path = save(image, tmp_path / "query é.png")
+    for query, title in ((str(path), "Captions nearest to"), ("a red circle left of a blue square", "Images nearest to")):
+        text = io.StringIO()
+        found = inspection.search(query, seen_run["folder"], "", 5, Console(file=text, width=200))
+        assert len({name for _, name, _ in found}) == 5
+        assert [score for score, *_ in found] == sorted((score for score, *_ in found), reverse=True)
+        assert title in text.getvalue()
+        assert "image" in text.getvalue()
+    with pytest.raises(SettingsError, match=r"query: .* is not there"):
+        inspection.search("gone.jpg", seen_run["folder"], "", 5, quiet())
+
+
+def test_pictures_whose_patches_meet_words_are_ranked_by_them(seen_run: dict, home: Path, monkeypatch, tmp_path: Path) -> None:
+    root = Path(yaml.safe_load((Path(seen_run["folder"]) / "settings.yaml").read_text())["data"]["coco"]["path"])
+    result = experiment.run(image_settings(home, root, run={"name": "seen-late"}, model={"interaction": "late"}), quiet())
+    opened = inspection.OpenedRun.at(result["folder"])
+    assert opened.model.audio_tokens.weigh.weight.abs().sum() > 0, "the weights were not trained, or not kept"
+    figures = inspection.evaluate(result["folder"], None, "test", console=quiet())
+    assert figures["interaction"] == "late"
+    for way, of in figures["final"].items():
+        assert all(abs(of[name] - result["final"][way][name]) <= 0.05 for name in ("r1", "r10"))
+    monkeypatch.setattr(inspection, "SHORTLIST", 6)
+    ranked_token_by_token(opened, "a red circle left of a blue square", save(scene(5)[0], tmp_path / "query.png"))
+
+
+def test_a_run_on_pictures_refuses_sounds(
+    seen_run: dict, small_corpus: Corpus, esc50: Path, write_audio, tmp_path: Path, home: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"was trained on images, and cannot classify sounds"):
+        inspection.classify(seen_run["folder"], str(esc50))
+    with pytest.raises(SettingsError, match=r"--corpus: .* has 8000 Hz, the run's own corpus images of 32 pixels"):
+        inspection.evaluate(seen_run["folder"], small_corpus.folder.uri, "test")
+    with pytest.raises(UnusableClip, match="cannot identify"):
+        inspection.search(str(write_audio(tmp_path / "a.wav")), seen_run["folder"], "", 5, quiet())
+    there = str(Path(checkpoint_corpus(seen_run)))
+    with pytest.raises(SettingsError, match=r"knowledge\.sources: .* has images of 32 pixels, the run's corpus 16000 Hz"):
+        experiment.run(settings_of(home, knowledge={"sources": ["train", there]}), quiet())
+
+
+def checkpoint_corpus(run: dict) -> str:
+    """The prepared corpus that a run was trained on."""
+    return inspection.OpenedRun.at(run["folder"]).stood.corpus
+
+
+def test_a_dry_run_on_pictures_tells_their_tower(seen_run: dict, home: Path, models: dict[str, Path]) -> None:
+    root = Path(yaml.safe_load((Path(seen_run["folder"]) / "settings.yaml").read_text())["data"]["coco"]["path"])
+    text = io.StringIO()
+    dry = image_settings(home, root, run={"name": "dry", "dry_run": True}, model={"image": f"hf:{models['vit']}"})
+    takes = experiment.run(dry, Console(file=text, width=200))
+    assert takes["clips"] == 135
+    assert takes["worker_bytes"] >= 135 * 32 * 43 * 3
+    assert "135 images" in text.getvalue()
+    assert f"hf:{models['vit']} + tiny" in text.getvalue()
 
 
 def test_a_dry_run_tells_what_the_run_takes_and_makes_nothing(ray_session: None, home: Path) -> None:

@@ -134,3 +134,13 @@ def test_drift_leaves_out_what_was_not_known_and_marks_the_swaps():
     assert lines["text, the batch's own entries"] == [30, 50, 60, 70]
     assert [xs for xs in lines.values() if xs in ([24, 24], [48, 48])]
     plt.close(figure)
+
+
+def test_pictures_of_a_run_on_images_speak_of_images():
+    curves, drift = report.curves(journal(), {**RESULT, "modality": "image"}), report.drift(journal(), "image")
+    labels = [line.get_label() for figure in (curves, drift) for axes in figure.axes for line in axes.lines]
+    assert "text → image" in labels
+    assert "image, the batch's own entries" in labels
+    assert not [label for label in labels if "audio" in label]
+    for figure in (curves, drift):
+        plt.close(figure)

@@ -49,6 +49,14 @@ def test_the_table_of_no_figures_has_no_rows():
     assert tables.retrieval("title", {"": {}, ", injected": {}}).rows == []
 
 
+def test_figures_of_images_are_told_as_such():
+    sheet = tables.retrieval("title", {"": {"t2a": TOLD, "a2t": TOLD}}, "image")
+    assert [row[0] for row in sheet.rows] == ["text → image", "image → text"]
+    assert "N images" in sheet.headings
+    rare = tables.rare("title", [{"bucket": "0", "clips": 7, "t2a": TOLD, "a2t": TOLD}], "image")
+    assert rare.headings == ("training images", "images", "R@1 % text → image", "R@1 % image → text")
+
+
 def test_intervals_stand_behind_their_figures():
     (row,) = tables.retrieval("title", {"": {"t2a": TOLD}}).rows
     assert row[1:] == (

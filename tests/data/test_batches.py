@@ -10,7 +10,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from ask_ray.config import DataSettings, FolderSettings
-from ask_ray.data.batches import Batch, TrainingBatches, crop, epoch_order, pad
+from ask_ray.data.batches import Batch, TrainingBatches, crop, epoch_order, longest, pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.data.schema import SPLITS, id_number
@@ -130,9 +130,9 @@ def test_an_epoch_holds_full_batches_of_clips_with_one_of_their_captions(small_c
         epoch = list(made.epoch(3))
         assert len(epoch) == made.steps == 150 // 2 // 16
         for batch in epoch:
-            assert (batch.waveforms.shape, batch.waveforms.dtype) == ((16, 8000), torch.float32)
-            assert batch.lengths.tolist() == [8000] * 16
-            assert batch.waveforms.abs().amax(1).min() > 1e-3
+            assert (batch.inputs.shape, batch.inputs.dtype) == ((16, 8000), torch.float32)
+            assert batch.sizes.tolist() == [8000] * 16
+            assert batch.inputs.abs().amax(1).min() > 1e-3
             own = [captions[clip][n] for clip, n in zip(batch.ids.tolist(), batch.captions.tolist(), strict=True)]
             assert read_back(batch) == own
             seen += batch.ids.tolist()
@@ -144,9 +144,9 @@ def test_a_waveform_belongs_to_its_id(small_corpus):
     stored = {}
     for group in small_corpus.groups("train"):
         rows = small_corpus.read(group)
-        stored |= {id_number(name): rows.waveform(n) for n, name in enumerate(rows.ids)}
+        stored |= {id_number(name): rows.signal(n) for n, name in enumerate(rows.ids)}
     for batch in batches_of(small_corpus, workers=1).epoch(0):
-        for clip, waveform in zip(batch.ids.tolist(), batch.waveforms, strict=True):
+        for clip, waveform in zip(batch.ids.tolist(), batch.inputs, strict=True):
             np.testing.assert_array_equal(waveform.numpy() * 32768, stored[clip])
 
 
@@ -204,9 +204,9 @@ def test_long_clips_are_cropped_to_max_seconds(small_corpus):
     starts = set()
     for short, full in zip(made.epoch(0), whole.epoch(0), strict=True):
         assert torch.equal(short.ids, full.ids)
-        assert short.waveforms.shape == (16, 2000)
-        assert short.lengths.tolist() == [2000] * 16
-        for part, all_of_it in zip(short.waveforms, full.waveforms, strict=True):
+        assert short.inputs.shape == (16, 2000)
+        assert short.sizes.tolist() == [2000] * 16
+        for part, all_of_it in zip(short.inputs, full.inputs, strict=True):
             (start,) = (all_of_it.unfold(0, 2000, 1) == part).all(1).nonzero().flatten().tolist()
             starts.add(start)
     assert len(starts) > 20
@@ -227,8 +227,22 @@ def test_clips_of_all_lengths_are_padded(ray_session, tmp_path, write_audio):
     made = replace(batches_of(prepare(data), batch_size=4, workers=1), data=data)
     for batch in made.epoch(0):
         expected = [round(16000 * seconds[name]) for name in read_back(batch)]
-        assert batch.lengths.tolist() == expected
-        assert batch.waveforms.shape == (4, max(expected))
-        for waveform, length in zip(batch.waveforms, expected, strict=True):
+        assert batch.sizes.tolist() == expected
+        assert batch.inputs.shape == (4, max(expected))
+        for waveform, length in zip(batch.inputs, expected, strict=True):
             assert waveform[length - 50 : length].any()
             assert not waveform[length:].any()
+
+
+def test_pictures_are_padded_below_and_to_the_right_and_cropped_by_their_tower() -> None:
+    draw = np.random.default_rng(0)
+    pictures = [draw.integers(1, 256, sides, dtype=np.uint8) for sides in ((10, 30, 3), (20, 8, 3))]
+    assert longest(1.0, None) is None
+    assert all(crop(one, longest(1.0, None), draw) is one for one in pictures)
+    padded, sizes = pad(pictures)
+    assert (padded.shape, padded.dtype) == ((2, 3, 20, 30), torch.uint8)
+    assert sizes.tolist() == [[10, 30], [20, 8]]
+    for row, (picture, (height, width)) in enumerate(zip(pictures, sizes.tolist(), strict=True)):
+        np.testing.assert_array_equal(padded[row, :, :height, :width].permute(1, 2, 0).numpy(), picture)
+        assert not padded[row, :, height:].any()
+        assert not padded[row, :, :, width:].any()

@@ -5,17 +5,18 @@ import pytest
 from ask_ray.data.card import EXAMPLES, _spread, render
 
 SPLIT = {
-    "clips": 3, "captions": 6, "samples": 9, "source_ids": 2, "cut": 1, "most_captions": 2, "hours": 1.5,
+    "clips": 3, "captions": 6, "samples": 9, "source_ids": 2, "cut": 1, "most_captions": 2, "seconds": 5400.0,
     "rates": {"8000": 1, "44100": 2}, "lengths": {"0": 1, "9": 1, "10": 1}, "words": {"2": 3, "11": 3},
     "digest": "d1", "files": [],
 }  # fmt: skip
-EMPTY = {**SPLIT, "clips": 0, "captions": 0, "hours": 0.0, "rates": {}, "lengths": {}, "words": {}, "digest": "d2"}
+EMPTY = {**SPLIT, "clips": 0, "captions": 0, "seconds": 0.0, "rates": {}, "lengths": {}, "words": {}, "digest": "d2"}
 
 
 def manifest(**changes: object) -> dict:
     settings = {"keep_seconds": 300.0, "sample_rate": 16000, "min_seconds": 0.1, "shard_clips": 256, "max_rejected": 0.1}
     return {
         "corpus": "clotho",
+        "modality": "audio",
         "sample_rate": 16000,
         "origin": {"layout": "Clotho", "folder": "/data/clotho", "lists": {"a|b.csv": "f00"}},
         "splits": {"train": SPLIT, "validation": EMPTY, "test": {**SPLIT, "rates": {"16000": 1, "44100": 1}}},

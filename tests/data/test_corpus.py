@@ -28,7 +28,7 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, content):
 
 def test_a_corpus_of_an_older_format_is_prepared_anew(small_corpus, tmp_path):
     Folder.at(str(tmp_path)).write_json("manifest.json", small_corpus.manifest | {"format": 1})
-    with pytest.raises(SettingsError, match=r"format 1.*format 2: prepare it anew"):
+    with pytest.raises(SettingsError, match=r"format 1.*format 3: prepare it anew"):
         Corpus.open(str(tmp_path))
 
 
@@ -37,7 +37,7 @@ def test_identities_are_those_of_the_clips(small_corpus):
         of = small_corpus.identities(split)
         assert of.ids == small_corpus.ids(split)
         assert of.source_ids == [None] * len(of.ids)
-        waveforms = small_corpus.waveforms(split, range(len(of.ids)))
+        waveforms = small_corpus.signals(split, range(len(of.ids)))
         assert of.digests == [digest_bytes(waveforms[place].tobytes()) for place in range(len(of.ids))]
 
 
@@ -62,8 +62,8 @@ def test_what_is_read_is_what_the_files_hold(small_corpus):
         assert rows.ids == [row["id"] for row in whole]
         assert rows.captions == [row["captions"] for row in whole]
         for n in (0, group.clips // 2, group.clips - 1):
-            assert rows.waveform(n).dtype == np.int16
-            np.testing.assert_array_equal(rows.waveform(n), whole[n]["waveform"])
+            assert rows.signal(n).dtype == np.int16
+            np.testing.assert_array_equal(rows.signal(n), whole[n]["waveform"])
 
 
 def test_ids_columns_and_single_waveforms_are_those_of_the_whole(small_corpus):
@@ -71,17 +71,17 @@ def test_ids_columns_and_single_waveforms_are_those_of_the_whole(small_corpus):
         assert small_corpus.ids(split) == [name for group in small_corpus.groups(split) for name in small_corpus.read(group).ids]
         assert {"id", "captions", "waveform"} <= set(small_corpus.columns(split))
     groups = [small_corpus.read(group) for group in small_corpus.groups("train")]
-    whole = [rows.waveform(row) for rows in groups for row in range(len(rows))]
+    whole = [rows.signal(row) for rows in groups for row in range(len(rows))]
     places = [149, 0, 63, 64, 99, 100, 101]  # in three row groups of two files, their first and last clips among them
-    found = small_corpus.waveforms("train", places)
+    found = small_corpus.signals("train", places)
     assert sorted(found) == sorted(places)
     for place in places:
         np.testing.assert_array_equal(found[place], whole[place])
-    assert small_corpus.waveforms("train", []) == {}
+    assert small_corpus.signals("train", []) == {}
 
 
 def test_an_empty_split_has_no_ids_and_no_columns(small_corpus):
-    empty = {"clips": 0, "captions": 0, "most_captions": 0, "samples": 0, "hours": 0.0, "files": []}
+    empty = {"clips": 0, "captions": 0, "most_captions": 0, "samples": 0, "seconds": 0.0, "files": []}
     splits = {**small_corpus.manifest["splits"], "validation": empty}
     corpus = Corpus(small_corpus.folder, {**small_corpus.manifest, "splits": splits})
     assert (corpus.ids("validation"), corpus.columns("validation"), corpus.groups("validation")) == ([], [], [])

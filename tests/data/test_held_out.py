@@ -9,6 +9,7 @@ from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import Found, HeldOut
 from ask_ray.data.schema import Clip
+from ask_ray.modality import Form
 from ask_ray.storage import Folder
 
 
@@ -58,11 +59,11 @@ def test_the_key_changes_with_what_is_held_out_alone():
 
 
 def test_corpora_to_compare_with_must_be_there_and_have_the_same_rate(corpus, tmp_path):
-    assert HeldOut.named([corpus.folder.uri], 8000) == HeldOut.of([corpus])
+    assert HeldOut.named([corpus.folder.uri], Form("audio", 8000)) == HeldOut.of([corpus])
     with pytest.raises(SettingsError, match=r"^data\.held_out: .*manifest\.json"):
-        HeldOut.named([str(tmp_path)], 8000)
-    with pytest.raises(SettingsError, match=r"^data\.held_out: .*has 8000 Hz, data\.sample_rate is 16000"):
-        HeldOut.named([corpus.folder.uri], 16000)
+        HeldOut.named([str(tmp_path)], Form("audio", 8000))
+    with pytest.raises(SettingsError, match=r"^data\.held_out: .*has 8000 Hz, .*data\.sample_rate 16000"):
+        HeldOut.named([corpus.folder.uri], Form("audio", 16000))
 
 
 def test_a_digest_is_of_the_samples_alone():

@@ -18,7 +18,7 @@ import pytest
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings, load
 from ask_ray.data.corpora import Shard
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.prepare import PreparingFailed, _waveforms, prepare, write_shard
+from ask_ray.data.prepare import PreparingFailed, _lists, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes
 
@@ -165,7 +165,7 @@ def test_the_manifest_counts_what_the_files_hold(which, request):
         assert told["captions"] == sum(len(row["captions"]) for row in rows)
         assert told["most_captions"] == max(len(row["captions"]) for row in rows)
         assert told["samples"] == sum(len(row["waveform"]) for row in rows)
-        assert told["hours"] * 3600 == pytest.approx(sum(row["duration"] for row in rows))
+        assert told["seconds"] == pytest.approx(sum(row["duration"] for row in rows))
         assert told["lengths"] == {str(n): count for n, count in sorted(Counter(int(row["duration"]) for row in rows).items())}
         words = Counter(len(caption.split()) for row in rows for caption in row["captions"])
         assert told["words"] == {str(n): count for n, count in sorted(words.items())}
@@ -306,7 +306,7 @@ def test_a_bank_of_recordings_is_prepared_with_its_rejections(tmp_path, write_au
 
 
 def test_samples_of_clips_lie_one_after_the_other():
-    assert _waveforms([np.arange(3, dtype=np.int16), np.zeros(0, np.int16)]).to_pylist() == [[0, 1, 2], []]
+    assert _lists([np.arange(3, dtype=np.int16), np.zeros(0, np.int16)]).to_pylist() == [[0, 1, 2], []]
     assert np.iinfo(np.int32).max > ROW_GROUP * 600 * 48000  # the longest clips there can be: see data.keep_seconds
 
 

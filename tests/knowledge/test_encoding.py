@@ -171,7 +171,7 @@ def test_rows_are_what_the_model_gives_one_clip_and_one_caption_at_a_time(corpus
     assert len(part["id"]) == 9
     for row in range(9):
         clip, which = divmod(row, 3)
-        waveform = torch.from_numpy(rows.waveform(clip).astype(np.float32) / 32768)[None]
+        waveform = torch.from_numpy(rows.signal(clip).astype(np.float32) / 32768)[None]
         with torch.inference_mode():
             audio = model.encode_audio(waveform, torch.tensor([waveform.shape[1]]))
             text = model.encode_text(*model.tokenise([rows.captions[clip][which]]))
@@ -188,7 +188,7 @@ def test_long_clips_are_cropped_from_the_start(corpus, model):
     part = here(model, corpus, plan_of(corpus, 1, seconds=0.5))[0]
     whole = here(model, corpus, plan_of(corpus, 1))[0]
     rows = corpus.read(corpus.groups("train")[0])
-    start = torch.from_numpy(rows.waveform(0)[: RATE // 2].astype(np.float32) / 32768)[None]
+    start = torch.from_numpy(rows.signal(0)[: RATE // 2].astype(np.float32) / 32768)[None]
     with torch.inference_mode():
         np.testing.assert_allclose(part["audio"][0], model.encode_audio(start, torch.tensor([RATE // 2]))[0], atol=1e-5)
     assert not np.allclose(part["audio"], whole["audio"], atol=1e-3)

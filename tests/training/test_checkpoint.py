@@ -64,7 +64,9 @@ def restore(folder: Path, stepper: Stepper, rank: int = 0) -> Place:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """As much of a prepared corpus as opening a model asks for."""
     folder = Folder.at(str(tmp_path_factory.mktemp("corpus")))
-    folder.write_json("manifest.json", {"format": FORMAT, "sample_rate": RATE, "splits": {split: {} for split in SPLITS}})
+    folder.write_json(
+        "manifest.json", {"format": FORMAT, "modality": "audio", "sample_rate": RATE, "splits": {split: {} for split in SPLITS}}
+    )
     return str(folder)
 
 

@@ -73,7 +73,7 @@ def one_by_one(model: DualEncoder, corpus: Corpus, seconds: float) -> EncodedSpl
     for group in corpus.groups("test"):
         rows = corpus.read(group)
         for row in range(len(rows)):
-            waveform = torch.from_numpy(rows.waveform(row)[: round(seconds * RATE)].astype(np.float32) / 32768)[None]
+            waveform = torch.from_numpy(rows.signal(row)[: round(seconds * RATE)].astype(np.float32) / 32768)[None]
             with torch.inference_mode():
                 audio.append(model.encode_audio(waveform, torch.tensor([waveform.shape[1]])))
                 text += [model.encode_text(*model.tokenise([caption])) for caption in rows.captions[row]]
@@ -204,7 +204,7 @@ def test_tokens_of_a_split_meet_as_those_of_its_clips_and_captions_do_one_by_one
     with torch.inference_mode():
         captions = [late.text_encoding(*late.tokenise([caption])) for caption in plain.captions]
         rows = [rows for group in corpus.groups("test") for rows in [corpus.read(group)]]
-        waves = [torch.from_numpy(of.waveform(row).astype(np.float32) / 32768)[None] for of in rows for row in range(len(of))]
+        waves = [torch.from_numpy(of.signal(row).astype(np.float32) / 32768)[None] for of in rows for row in range(len(of))]
         clips = [late.audio_encoding(wave, torch.tensor([wave.shape[1]])) for wave in waves]
         alone = torch.tensor([[float(scores(clip, caption)) for caption in captions] for clip in clips])
     torch.testing.assert_close((met.audio @ met.text.T + met.tokenwise) / 2, alone, atol=5e-4, rtol=0)  # 16 bits are kept

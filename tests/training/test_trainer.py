@@ -53,6 +53,10 @@ def test_towers_that_are_built_before_a_run_tell_their_size_and_how_many_frames_
     assert plain.frames == 0
     assert late.frames == 26  # 101 frames of 20 ms, in fours
     assert late.parameters > plain.parameters
+    seen = load(
+        {"model": {"width": 0.1, "dim": 16, "interaction": "late"}, "data": {"corpus": "coco", "coco": {"path": "/coco"}}}
+    )
+    assert trainer.check_towers(seen).frames == 64  # cells of a grid of 8 × 8
 
 
 def test_a_source_that_cannot_be_used_is_refused_only_where_it_is_read(small_corpus, tmp_path):

@@ -1,0 +1,109 @@
+"""Any vision model of transformers as a tower: seen as its own processor shows it, each picture on its own, ready to train."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from ask_ray.config import SettingsError
+from ask_ray.data.batches import pad
+from ask_ray.models.hf_image import HfImage
+from ask_ray.models.weights import WeightsError
+
+VIEWERS = ("vit", "clip-vision", "dinov2", "convnext")
+
+
+def photos(*sides: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Smooth pictures of several sizes, as photographs are: (height, width, 3) uint8."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for height, width in sides:
+        rows, columns = np.mgrid[:height, :width] / 20.0
+        waves = [np.sin(a * rows + b * columns + c) for a, b, c in draw.uniform(0.2, 1.0, (3, 3))]
+        made.append(np.rint(127.5 + 127.5 * np.stack(waves, axis=2)).astype(np.uint8))
+    return made
+
+
+@pytest.mark.parametrize("name", VIEWERS)
+def test_pictures_look_as_the_models_own_processor_shows_them(models, name: str) -> None:
+    tower = HfImage(str(models[name]), "mean", 0.9).eval()
+    processor = AutoImageProcessor.from_pretrained(models[name])
+    for photo in photos((48, 64), (70, 50), (200, 90), (32, 32)):
+        theirs = processor(photo, return_tensors="pt")["pixel_values"]
+        ours = tower.eyes(*pad([photo]))
+        assert ours.shape == theirs.shape == (1, 3, 32, 32)
+        # Pillow rounds to whole shades after resizing, and its cubic filter differs a little at the picture's edges.
+        shade = 1 / (255 * min(processor.image_std))
+        assert (ours - theirs).abs().mean() < shade
+        assert (ours - theirs).abs().max() < 4 * shade
+
+
+@pytest.mark.parametrize("name", VIEWERS)
+@pytest.mark.parametrize("pooling", ["mean", "max", "first", "pooler"])
+def test_a_pictures_vector_and_tokens_do_not_depend_on_its_batch(models, name: str, pooling: str) -> None:
+    tower = HfImage(str(models[name]), pooling, 0.9).eval()
+    some = photos((48, 64), (90, 40), (33, 32), (64, 64))
+    with torch.inference_mode():
+        together = tower(*pad(some))
+        alone = torch.cat([tower(*pad([one])) for one in some])
+        made, single = tower.encode(*pad(some)), [tower.encode(*pad([one])) for one in some]
+    assert together.shape == (4, tower.width)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert torch.equal(made.vectors, together)
+    assert made.tokens.shape == (*made.mask.shape, tower.token_width)
+    assert made.mask.all()
+    torch.testing.assert_close(made.tokens, torch.cat([one.tokens for one in single]), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", VIEWERS)
+def test_every_trainable_parameter_has_a_gradient(models, name: str) -> None:
+    tower = HfImage(str(models[name]), "mean", 0.9)
+    assert tower.training
+    tower(*pad(photos((48, 64), (40, 40)))).square().sum().backward()
+    lacking = [name for name, of in tower.named_parameters() if of.requires_grad and of.grad is None]
+    assert lacking == []
+
+
+def test_the_vision_tower_of_clip_is_taken_without_its_text(models) -> None:
+    tower = HfImage(str(models["clip-vision"]), "pooler", 0.9)
+    assert type(tower.model).__name__.startswith("CLIPVision")
+    assert tower.width == 16
+
+
+def test_what_is_no_vision_model_and_what_is_not_there_is_refused(models, tmp_path: Path) -> None:
+    for name in ("ast", "bert"):
+        with pytest.raises(WeightsError, match=r"model\.image: .*"):
+            HfImage(str(models[name]), "mean", 0.9)
+    with pytest.raises(WeightsError, match=r"model\.image: no/such-model .*give a local folder"):
+        HfImage("no/such-model", "mean", 0.9)
+    with pytest.raises(WeightsError, match=r"model\.image: .*could not be loaded.*give a local folder"):
+        HfImage(str(tmp_path), "mean", 0.9)
+
+
+def test_a_processor_that_does_not_bring_pictures_to_one_size_is_refused(models, tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    shutil.copytree(models["vit"], folder)
+    told = json.loads((folder / "preprocessor_config.json").read_text())
+    for change in ({"do_resize": False}, {"resample": 4}, {"size": {"longest_edge": 32}}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(told | change))
+        with pytest.raises(WeightsError, match=r"model\.image: .*(one size|could not be loaded)"):
+            HfImage(str(folder), "mean", 0.9)
+    (folder / "preprocessor_config.json").write_text(json.dumps(told | {"size": {"height": 40, "width": 40}}))
+    with pytest.raises(WeightsError, match=r"model\.image: .*gives no features of 40 × 40 pixels"):
+        HfImage(str(folder), "mean", 0.9)
+
+
+def test_a_pooling_that_a_model_lacks_is_refused(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ask_ray.models import pretrained
+
+    class Output:
+        last_hidden_state = torch.zeros(1, 4, 16)
+        pooler_output = None
+
+    with pytest.raises(SettingsError, match=r"model\.image_pooling.*choose mean"):
+        pretrained.pooled(Output(), None, "pooler")
