@@ -254,7 +254,7 @@ def test_too_many_bad_rows_are_refused_and_repairing_the_limit_is_enough(recordi
         prepare(folder_data(recordings, tmp_path, max_rejected=share - 0.01))
     message = str(refusal.value)
     assert message.startswith("data.max_rejected is ")
-    assert f"{len(BAD)} of {GOOD + len(BAD) + 1} recordings" in message
+    assert f"{len(BAD)} of {GOOD + len(BAD) + 1} clips" in message
     for reason in set(BAD.values()):
         assert reason in message
     (home,) = tmp_path.iterdir()
@@ -312,6 +312,8 @@ def test_samples_of_clips_lie_one_after_the_other():
 
 def test_a_write_that_fails_leaves_no_shard_that_looks_finished(tmp_path):
     class Broken:
+        modality = "audio"
+
         def clips(self, shard):
             yield from ()
             raise OSError("the disk is gone")
@@ -477,6 +479,8 @@ from ask_ray.data.schema import Clip
 import numpy as np
 
 class Noise:
+    modality = "audio"
+
     def clips(self, shard):
         for n in range(shard.first, shard.last):
             samples = np.random.default_rng(n).integers(-999, 999, 160_000).astype(np.int16)
