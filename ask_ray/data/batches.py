@@ -91,6 +91,11 @@ def epoch_order(groups: Sequence[int], seed: int, epoch: int, rank: int, workers
     return [(int(group), int(row)) for group, row in np.concatenate(shuffled)]
 
 
+def steps_of(clips: int, workers: int, batch_size: int) -> int:
+    """Steps of an epoch: each worker has an equal share of the clips, and only whole batches count."""
+    return clips // workers // batch_size
+
+
 @dataclass(frozen=True)
 class TrainingBatches:
     """A worker's training batches.
@@ -109,7 +114,7 @@ class TrainingBatches:
     @property
     def steps(self) -> int:
         """Steps of an epoch, the same for every rank."""
-        return self.corpus.clips("train") // self.workers // self.batch_size
+        return steps_of(self.corpus.clips("train"), self.workers, self.batch_size)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The epoch's batches from step `first` on."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ask_ray.config import Settings, SettingsError
+from ask_ray.data.batches import steps_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.knowledge.sources import entries_of
 from ask_ray.models.dual_encoder import TOKEN_WIDTH
@@ -38,7 +39,7 @@ class Forecast:
 def forecast(settings: Settings, corpus: Corpus, parameters: int, frames: int = 0) -> Forecast:
     """The forecast of a run with :func:`ask_ray.cluster.fitted` settings and :class:`ask_ray.training.trainer.Towers`."""
     training, clips = settings.training, corpus.clips("train")
-    per_epoch = clips // (training.workers or 1) // training.batch_size
+    per_epoch = steps_of(clips, training.workers or 1, training.batch_size)
     entries = entries_of(settings.knowledge, corpus.folder.uri) if settings.ask.enabled else 0
     cached = min(settings.data.cache_mib << 20, round(clips * corpus.mean_bytes("train")))
     tokens = max(_token_bytes(settings, corpus, split, frames) for split in ("validation", "test")) if frames else 0

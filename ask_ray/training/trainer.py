@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ask_ray.config import DataSettings, Settings, SettingsError, UserError
-from ask_ray.data.batches import pad
+from ask_ray.data.batches import pad, steps_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
@@ -122,7 +122,7 @@ def check(settings: Settings, corpus: Corpus) -> None:
 
 def _check_batches(settings: Settings, corpus: Corpus) -> None:
     training, clips = settings.training, corpus.clips("train")
-    if clips // workers_of(settings) < training.batch_size:
+    if steps_of(clips, workers_of(settings), training.batch_size) == 0:
         raise SettingsError(
             f"training.batch_size: {workers_of(settings)} workers x {training.batch_size} pairs are more than the {clips} clips "
             "of the training split: lower training.batch_size or training.workers"
