@@ -314,7 +314,7 @@ def test_evaluating_the_checkpoint_gives_the_run_s_figures_in_every_form(sync_ru
     cosine, plan, rare = files[1].read_text().split("## ")[1:]
     assert "cosine" in cosine
     assert "transductive (Sinkhorn over the whole test set)" in plan
-    assert "| training clips | clips | R@1 % t2a | R@1 % a2t |" in rare
+    assert "| training clips | clips | R@1 % text → audio | R@1 % audio → text |" in rare
     with files[2].open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["ranking"] for row in rows} == {"cosine", "transductive (Sinkhorn over the whole test set)"}

@@ -60,7 +60,7 @@ def test_a_sweep_killed_half_way_and_continued_ends_with_the_same_trials(tmp_pat
     job.wait()
     before = {row["trial"]: row for row in ended(folder, "finished")}
     results = {trial: (folder / f"trials/{trial}-seed-0/result.json").stat().st_mtime_ns for trial in before}
-    until(lambda: not members(job), 60, "the end of the killed sweep's processes")
+    until(lambda: not members(job), 180, "the end of the killed sweep's processes")
 
     assert "Continuing sweep" in finish(start(file, "sweep"))
     rows = rows_of(folder)
@@ -105,9 +105,11 @@ def _record(folder: Path) -> set[str]:
 
 
 def test_a_trial_whose_worker_is_killed_fails_alone_and_says_why(tmp_path):
-    file, folder = write_space(tmp_path, {"ask.rho": {"grid": [0.4, 0.6, 0.8]}}, GRID, ASK), tmp_path / "runs/sweep"
+    longer = {"training": {"epochs": 40, "evaluate_every": 1, "batch_size": 16, "max_failures": 0}}
+    file, folder = write_space(tmp_path, {"ask.rho": {"grid": [0.4, 0.6, 0.8]}}, GRID, ASK | longer), tmp_path / "runs/sweep"
     job = start(file, "sweep")
-    until(lambda: members(job, WORKER), 200, "a training worker")[0].kill()
+    until(lambda: [*folder.glob("trials/*/history.json")], 200, "an epoch")  # before it, Ray Train starts a worker again
+    until(lambda: members(job, WORKER), 20, "a training worker")[-1].kill()
     finish(job)
     failed = ended(folder, "failed")
     assert len(failed) == 1
