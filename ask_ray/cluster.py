@@ -89,8 +89,9 @@ def fitted(settings: Settings) -> Settings:
     return made
 
 
-def trials_at_once(settings: Settings) -> int:
-    """How many trials with :func:`fitted` settings the cluster holds at once, each whole, so that none waits for another.
+def trials_at_once(settings: Settings, wanted: int | None) -> int:
+    """How many trials with :func:`fitted` settings the cluster holds at once, each whole, so that none waits for another; on a
+    single machine no more than its cores hold, unless so many are `wanted`.
 
     Raises:
         SettingsError: if not one fits beside its own process, with the sum.
@@ -108,7 +109,7 @@ def trials_at_once(settings: Settings) -> int:
             f"{pool.gpus or 0:g} GPU) and {_evaluation_cpus(settings):g} CPU for evaluation; the cluster's nodes hold "
             f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: lower these, or add nodes"
         )
-    return count if len(ray.nodes()) > 1 else min(count, _on_cores(settings))
+    return count if wanted or len(ray.nodes()) > 1 else min(count, _on_cores(settings))
 
 
 def _placed(settings: Settings, nodes: list[dict[str, float]]) -> bool:

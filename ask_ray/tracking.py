@@ -62,9 +62,7 @@ class Recorder:
 
     def finish(self, result: dict[str, Any], pictures: list[str]) -> None:
         """Record the final figures and the pictures, and end the run."""
-        final = {key: result[key] for key in ("final", "final_injected")}
-        self.metrics(flat(final) | {"steps_per_second": result["steps_per_second"]}, result["steps"])
-        self._safely(lambda: self._client.log_dict(self.run_id, result, "result.json"))
+        self._safely(lambda: self._final(result))
         for picture in pictures:
             self.artifact(self._folder / "pictures", Folder(picture).name, "pictures")
         self.end("FINISHED")
@@ -128,6 +126,11 @@ class Recorder:
         now = get_current_time_millis()
         made = [Metric(key, float(value), now, step) for key, value in values.items() if isinstance(value, int | float)]
         self._client.log_batch(self.run_id, metrics=made)
+
+    def _final(self, result: dict[str, Any]) -> None:
+        final = {key: result[key] for key in ("final", "final_injected")}
+        self._metrics(flat(final) | {"steps_per_second": result["steps_per_second"]}, result["steps"])
+        self._client.log_dict(self.run_id, result, "result.json")
 
     def _artifact(self, folder: Folder, name: str, under: str | None) -> None:
         with tempfile.TemporaryDirectory() as temporary:

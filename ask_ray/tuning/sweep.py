@@ -92,7 +92,7 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     folder = storage / (of.name or time.strftime(f"{Path(swept.file).stem}-%Y%m%d-%H%M%S"))
     continued = _check_same(folder, swept, of, settings)
     corpus = experiment.prepared(settings, console)
-    at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus))
+    at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus, search.wanted_at_once(of)))
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories())
     folder.write("space.yaml", yaml.safe_dump(_told(swept, of, settings), sort_keys=False, allow_unicode=True).encode())
@@ -157,7 +157,7 @@ def _check_same(folder: Folder, swept: Space, of: SweepSettings, settings: Setti
     return True
 
 
-def _check_points(swept: Space, settings: Settings, points: list[Point], corpus: Corpus) -> int:
+def _check_points(swept: Space, settings: Settings, points: list[Point], corpus: Corpus, wanted: int | None) -> int:
     """How many trials the cluster holds at once, when all that could be tried has been checked against corpus and cluster.
 
     Raises:
@@ -172,11 +172,11 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
             except SettingsError as error:
                 if str(error).startswith(one.key):
                     swept.refuse(one, str(error).removeprefix(f"{one.key} ").removeprefix(f"{one.key}: "))
-    at_once = cluster.trials_at_once(settings)
+    at_once = cluster.trials_at_once(settings, wanted)
     for made in swept.check_points(settings, points):
         trainer.check(made, corpus)
         if made.training != settings.training or made.knowledge.pool != settings.knowledge.pool:
-            at_once = min(at_once, cluster.trials_at_once(cluster.fitted(made)))
+            at_once = min(at_once, cluster.trials_at_once(cluster.fitted(made), wanted))
     return at_once
 
 
