@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -11,7 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from ask_ray.config import Settings, SettingsError, SweepSettings
 from ask_ray.training.metrics import FIGURES
-from ask_ray.tuning.space import Point, Space
+from ask_ray.tuning.space import NUMBERS, Point, Space
 from ask_ray.tuning.trial import AGE
 
 #: What every evaluation on the validation split reports.
@@ -84,7 +85,12 @@ def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialSchedule
     """ASHA by age, over the epochs of all seeds; no trial is stopped for having come to its end. Or population based training."""
     if sweep.algorithm == "pbt":
         domains: dict[str, Any] = {one.key: one.domain for one in space.dimensions}
-        return PopulationBasedTraining(time_attr=AGE, perturbation_interval=sweep.perturb_epochs, hyperparam_mutations=domains)
+        return PopulationBasedTraining(
+            time_attr=AGE,
+            perturbation_interval=sweep.perturb_epochs,
+            hyperparam_mutations=domains,
+            custom_explore_fn=partial(within, space),
+        )
     if not sweep.early_stopping:
         return None
     longest = epochs * len(sweep.seeds) + 2
@@ -95,3 +101,12 @@ def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialSchedule
 
 def _folder_name(trial: Any) -> str:
     return str(trial.trial_id)
+
+
+def within(space: Space, changed: dict[str, Any]) -> dict[str, Any]:
+    """Settings that pbt changed, brought back into their ranges: it multiplies them by 0.8 or 1.2, whatever their bounds."""
+    for one in space.dimensions:
+        if one.kind in NUMBERS:
+            low, high = one.values
+            changed[one.key] = min(max(changed[one.key], low), high)
+    return changed
