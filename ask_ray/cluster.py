@@ -109,7 +109,7 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
             f"{pool.gpus or 0:g} GPU) and {_evaluation_cpus(settings):g} CPU for evaluation; the cluster's nodes hold "
             f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU: lower these, or add nodes"
         )
-    return count if wanted or len(ray.nodes()) > 1 else min(count, _on_cores(settings))
+    return count if wanted or len(nodes) > 1 else min(count, _on_cores(settings))
 
 
 def _placed(settings: Settings, nodes: list[dict[str, float]]) -> bool:

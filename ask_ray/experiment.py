@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,15 +18,13 @@ from ask_ray import cluster, report, tables, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
-from ask_ray.journal import START, Journal
+from ask_ray.journal import Follower, Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.modality import THINGS
 from ask_ray.storage import Folder, masked
 from ask_ray.training import checkpoint, trainer
 from ask_ray.training.forecast import Forecast, check_memory, forecast
 from ask_ray.training.trainer import RunPlace
-
-POLL_SECONDS = 0.5
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -140,16 +137,20 @@ def _check_same(settings: Settings, place: RunPlace) -> bool:
     """
     if not place.folder.exists("settings.yaml"):
         return False
-    old = flat(yaml.safe_load(place.folder.read("settings.yaml")))
-    new = flat(settings.model_dump(mode="json"))
-    differing = [key for key in new if old.get(key) != new[key] and not key.startswith(MAY_CHANGE)]
-    if differing:
-        told = ", ".join(f"{key} ({old.get(key)} there, {new[key]} here)" for key in differing)
+    old = yaml.safe_load(place.folder.read("settings.yaml"))
+    if differing := differences(old, settings.model_dump(mode="json"), MAY_CHANGE):
         raise SettingsError(
-            f"run.name: {place.folder} was made with other settings: {masked(told)}. Choose another run.name, or continue it "
+            f"run.name: {place.folder} was made with other settings: {differing}. Choose another run.name, or continue it "
             f"with --config {place.folder / 'settings.yaml'}"
         )
     return True
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str, ...]) -> str:
+    """What differs between two trees of settings, in words; empty if nothing does but what may."""
+    there, here = flat(old), flat(new)
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key) and not key.startswith(may_change)]
+    return masked(", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in keys))
 
 
 def _check_fork(settings: Settings) -> None:
@@ -163,9 +164,8 @@ def _check_fork(settings: Settings) -> None:
         return
     with checkpoint.newest(Folder.at(fork), settings.training.epochs) as folder:
         there = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    old, new = flat(there["model"]), flat(settings.model.model_dump(mode="json"))
-    if differing := [f"model.{key} ({old.get(key)} there, {new[key]} here)" for key in new if old.get(key) != new[key]]:
-        raise SettingsError(f"run.fork: the model of {masked(fork)} is another: {', '.join(differing)}")
+    if differing := differences({"model": there["model"]}, {"model": settings.model.model_dump(mode="json")}, ()):
+        raise SettingsError(f"run.fork: the model of {masked(fork)} is another: {differing}")
 
 
 def prepared(settings: Settings, console: Console) -> Corpus:
@@ -216,36 +216,29 @@ class Monitor:
         console: Console,
         listen: Listener,
     ) -> None:
-        self._settings, self._journal, self._folder = settings, journal, folder
+        self._settings, self._folder = settings, folder
         self._recorder, self._console, self._listen = recorder, console, listen
         self.events: list[dict[str, Any]] = folder.read_json("history.json") if folder.exists("history.json") else []
-        self._mark = START
         self._unsaved = False
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._follower = Follower(journal, self._heed)
 
     def __enter__(self) -> Monitor:
-        self._thread.start()
+        self._follower.__enter__()
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self._over.set()
-        self._thread.join()
+        self._follower.__exit__(*problem)
 
-    def _watch(self) -> None:
-        over = False
-        while not over:
-            over = self._over.wait(POLL_SECONDS)
-            new, self._mark = self._journal.read(self._mark)
-            self.events += new
-            for event in new:
-                self._show(event)
-                self._recorder.record(event)
-            self._unsaved |= over or any(event["kind"] in ("epoch", "published") for event in new)
-            if self._unsaved:
-                self._save()
-            for event in new:  # who listens may stop the run: what it was told is saved
-                self._listen(event)
+    def _heed(self, new: list[dict[str, Any]], over: bool) -> None:
+        self.events += new
+        for event in new:
+            self._show(event)
+            self._recorder.record(event)
+        self._unsaved |= over or any(event["kind"] in ("epoch", "published") for event in new)
+        if self._unsaved:
+            self._save()
+        for event in new:  # who listens may stop the run: what it was told is saved
+            self._listen(event)
 
     def _save(self) -> None:
         """Write the history. Storage that is away for now is tried again with the next events."""

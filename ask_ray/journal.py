@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +19,8 @@ Event = dict[str, Any]
 #: Which life of a journal's actor was read, and how many of its events.
 Mark = tuple[str, int]
 START: Mark = ("", 0)
+
+POLL_SECONDS = 0.5
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -76,6 +80,35 @@ class Journal:
     def events(self) -> list[Event]:
         """All events."""
         return self.read()[0]
+
+
+class Follower:
+    """Hands on what a journal is told, from a thread of its own, as long as a `with` lasts.
+
+    Args:
+        heed: called every half second with the new events, none if there are none, and whether it is the last time: then
+            with all that was told before the `with` ended. It must not raise: nothing would be heard any more.
+    """
+
+    def __init__(self, journal: Journal, heed: Callable[[list[Event], bool], None]) -> None:
+        self._journal, self._heed = journal, heed
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="journal", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        over, mark = False, START
+        while not over:
+            over = self._over.wait(POLL_SECONDS)
+            new, mark = self._journal.read(mark)
+            self._heed(new, over)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from rich.console import Console
 
 from ask_ray import tracking
 from ask_ray.config import SweepSettings
-from ask_ray.journal import START, Journal
+from ask_ray.journal import Journal
 from ask_ray.storage import Folder
-from ask_ray.training.checkpoint import PREFIX
+from ask_ray.training.trainer import RunPlace
 from ask_ray.tuning import outcome
 from ask_ray.tuning.outcome import FAILED, FINISHED, INTERRUPTED, RUNNING, STOPPED, Row
 from ask_ray.tuning.space import Point, name_of
 from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, point_of, run_folder
-
-POLL_SECONDS = 0.5
 
 #: Why a trial failed that told no reason.
 PROCESS_DIED = "its process ended without a word: killed, or out of memory"
@@ -64,8 +61,16 @@ class Board:
         """How the trials stand."""
         return [row["status"] for row in self.rows.values()]
 
-    def heed(self, event: Mapping[str, Any]) -> None:
-        """Take in an event of :class:`Watch`."""
+    def heed(self, new: list[dict[str, Any]], over: bool) -> None:
+        """Take in events of :class:`Watch`. Storage that is away for now is tried again with the next, at the latest when the
+        sweep is settled."""
+        for event in new:
+            try:
+                self._take(event)
+            except OSError as error:
+                self._console.print(f"  [yellow]sweep.json is not up to date[/]: {error}")
+
+    def _take(self, event: Mapping[str, Any]) -> None:
         trial, kind = event["trial"], event["kind"]
         if kind == "started":
             self._set(trial, event["point"], RUNNING, "")
@@ -126,36 +131,4 @@ class Board:
         kept = [run_folder(self.trials, row["trial"], seed).name for row in best for seed in self._of.seeds]
         for name in self.trials.names() if self.trials.exists() else []:
             if name not in kept and any(name.startswith(f"{row['trial']}-") for row in ended):
-                prune(self.trials / name)
-
-
-def prune(run: Folder) -> None:
-    """Remove a run's checkpoints and knowledge base; its figures and pictures stay."""
-    for name in run.names() if run.exists() else []:
-        if name == "knowledge" or name.startswith(PREFIX):
-            (run / name).delete()
-
-
-class Watcher:
-    """A thread that hands a journal's events to a board while a sweep runs."""
-
-    def __init__(self, journal: Journal, board: Board) -> None:
-        self._journal, self._board = journal, board
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        over, mark = False, START
-        while not over:
-            over = self._over.wait(POLL_SECONDS)
-            new, mark = self._journal.read(mark)
-            for event in new:
-                self._board.heed(event)
+                RunPlace(self.trials, name).forget()

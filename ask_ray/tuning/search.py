@@ -11,12 +11,13 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from ask_ray.config import Settings, SettingsError, SweepSettings
+from ask_ray.modality import WAYS
 from ask_ray.training.metrics import FIGURES
 from ask_ray.tuning.space import NUMBERS, Point, Space
 from ask_ray.tuning.trial import AGE
 
 #: What every evaluation on the validation split reports.
-METRICS = ("mean_r1", *(f"{way}_{figure}" for way in ("t2a", "a2t") for figure in FIGURES))
+METRICS = ("mean_r1", *(f"{way}_{figure}" for way in WAYS for figure in FIGURES))
 
 
 def check_metric(sweep: SweepSettings, settings: Settings) -> None:
@@ -67,7 +68,7 @@ def config(sweep: SweepSettings, space: Space, points: list[Point], at_once: int
     every point has been checked; Optuna proposes its own as trials come in; pbt draws its first and changes them.
     """
     listed = sweep.algorithm in ("grid", "random")
-    space_of_tune = {one.key: one.domain for one in space.dimensions} if sweep.algorithm == "pbt" else None
+    drawn = space.domains if sweep.algorithm == "pbt" else None
     searcher = OptunaSearch(space.suggested, sweep.metric, sweep.mode, seed=sweep.seed) if sweep.algorithm == "optuna" else None
     told = tune.TuneConfig(
         metric=sweep.metric,
@@ -78,17 +79,16 @@ def config(sweep: SweepSettings, space: Space, points: list[Point], at_once: int
         max_concurrent_trials=at_once if searcher else None,
         trial_dirname_creator=_folder_name,
     )
-    return {"param_space": {"point": tune.grid_search(points)} if listed else space_of_tune, "tune_config": told}
+    return {"param_space": {"point": tune.grid_search(points)} if listed else drawn, "tune_config": told}
 
 
 def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialScheduler | None:
     """ASHA by age, over the epochs of all seeds; no trial is stopped for having come to its end. Or population based training."""
     if sweep.algorithm == "pbt":
-        domains: dict[str, Any] = {one.key: one.domain for one in space.dimensions}
         return PopulationBasedTraining(
             time_attr=AGE,
             perturbation_interval=sweep.perturb_epochs,
-            hyperparam_mutations=domains,
+            hyperparam_mutations=space.domains,
             custom_explore_fn=partial(within, space),
         )
     if not sweep.early_stopping:

@@ -117,6 +117,11 @@ class Space:
         """The swept settings."""
         return tuple(one.key for one in self.dimensions)
 
+    @property
+    def domains(self) -> dict[str, Any]:
+        """The distributions as Ray Tune has them."""
+        return {one.key: one.domain for one in self.dimensions}
+
     def made(self, value: Callable[[Dimension], Any]) -> Point:
         """The point of which `value` gives each setting that applies."""
         point: Point = {}

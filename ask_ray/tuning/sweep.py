@@ -14,15 +14,15 @@ from ray import tune
 from rich.console import Console
 
 from ask_ray import cluster, experiment, tracking
-from ask_ray.config import Settings, SettingsError, SweepSettings, flat, with_values
+from ask_ray.config import Settings, SettingsError, SweepSettings, with_values
 from ask_ray.data.corpus import Corpus
-from ask_ray.journal import Journal
-from ask_ray.storage import Folder, masked
+from ask_ray.journal import Follower, Journal
+from ask_ray.storage import Folder
 from ask_ray.training import trainer
 from ask_ray.training.forecast import check_memory, forecast
 from ask_ray.training.trainer import Towers
 from ask_ray.tuning import outcome, pictures, search, space
-from ask_ray.tuning.board import Board, Watch, Watcher
+from ask_ray.tuning.board import Board, Watch
 from ask_ray.tuning.outcome import INTERRUPTED
 from ask_ray.tuning.space import Point, Space, SpaceFile
 from ask_ray.tuning.trial import TrialPlan, train_trial
@@ -49,7 +49,7 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
         board = Board(folder, of, recorder, console)
         journal, keeper = Journal.start(f"ask_ray-sweep-{name}")
         plan = TrialPlan(_recorded(settings), of, folder / "trials", recorder.run_id, journal)
-        with Watcher(journal, board):
+        with Follower(journal, board.heed):
             results = _tuner(plan, checked, journal).fit()
         ray.kill(keeper)
         board.settle(results)
@@ -147,13 +147,9 @@ def _check_same(folder: Folder, swept: Space, of: SweepSettings, settings: Setti
         raise SettingsError(f"sweep.name: {folder} is a run; choose another sweep.name")
     if not folder.exists("space.yaml"):
         return False
-    old = flat(yaml.safe_load(folder.read("space.yaml")))
-    new = flat(_told(swept, of, settings))
-    may = (*MAY_CHANGE, *experiment.MAY_CHANGE)
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith(may)]
-    if differing:
-        told = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differing)
-        raise SettingsError(f"sweep.name: {folder} is another sweep: {masked(told)}. Choose another sweep.name")
+    old, new = yaml.safe_load(folder.read("space.yaml")), _told(swept, of, settings)
+    if differing := experiment.differences(old, new, (*MAY_CHANGE, *experiment.MAY_CHANGE)):
+        raise SettingsError(f"sweep.name: {folder} is another sweep: {differing}. Choose another sweep.name")
     return True
 
 
