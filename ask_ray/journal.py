@@ -58,9 +58,17 @@ class Journal:
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Record an event without waiting; a lost journal never stops the one who tells."""
+        self._tell(kind, fields)
+
+    def tell_first(self, kind: str, **fields: Any) -> None:
+        """As :meth:`tell`, but wait until it is recorded, seconds at most: before all that anyone tells because of it."""
+        recorded = self._tell(kind, fields)
+        if recorded is not None:
+            ray.wait([recorded], timeout=10)
+
+    def _tell(self, kind: str, fields: dict[str, Any]) -> Any:
         keeper = _keeper(self.name)
-        if keeper is not None:
-            keeper.record.remote({"kind": kind, "time": time.time(), **fields})
+        return None if keeper is None else keeper.record.remote({"kind": kind, "time": time.time(), **fields})
 
     def read(self, mark: Mark = START) -> tuple[list[Event], Mark]:
         """The events since a mark, and the mark to read on from; no events if the journal cannot be reached.

@@ -41,13 +41,17 @@ COMMON += ["--training.evaluate_every", "0", "--knowledge.drift_probe", "0", "--
 
 
 def train(setting: str, seed: int, prepared: str, more: list[str]) -> dict[str, Any]:
-    """One run: R@1 both ways, and the seconds that keeping the knowledge base fresh took after the first version."""
+    """One run, as :func:`read` tells it."""
     with tempfile.TemporaryDirectory() as folder:
         told = ["--run.storage", folder, "--run.name", "run", "--run.seed", str(seed), "--data.prepared", prepared]
         command = [sys.executable, str(ROOT / "jobs/train.py"), *COMMON, *SETTINGS[setting], *told, *more]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = json.loads((Path(folder) / "run/result.json").read_text())
-        events = json.loads((Path(folder) / "run/history.json").read_text())
+        return read(Path(folder) / "run", setting, seed)
+
+
+def read(run: Path, setting: str, seed: int) -> dict[str, Any]:
+    """R@1 both ways of a finished run, and the seconds that keeping the knowledge base fresh took after the first version."""
+    result, events = (json.loads((run / name).read_text()) for name in ("result.json", "history.json"))
     epochs = [event for event in events if event["kind"] == "epoch"]
     refreshes = result["refreshes"][1:-1]  # the first is everybody's, and the last is for search
     seconds = sum(row["encode_seconds"] + row["build_seconds"] for row in refreshes) + epochs[-1].get("correction_seconds", 0.0)

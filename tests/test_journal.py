@@ -54,6 +54,19 @@ def test_any_process_of_the_job_can_tell(journal):
     assert (event["kind"], event["answer"]) == ("from a task", 42)
 
 
+def test_what_is_told_first_is_there_before_anything_that_is_told_because_of_it(journal):
+    @ray.remote(num_cpus=0)
+    def fail(told: Journal) -> None:
+        told.tell_first("reason", why="it had to")
+        raise ValueError("for a reason")
+
+    for number in range(1, 6):
+        with pytest.raises(ValueError, match="for a reason"):
+            ray.get(fail.remote(journal))
+        assert len(journal.events()) == number
+    Journal("there is none of this name").tell_first("unheard")
+
+
 def test_journals_are_apart(journal):
     other, keeper = Journal.start()
     other.tell("other")

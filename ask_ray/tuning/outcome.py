@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -134,6 +135,13 @@ def spread(row: Row, metric: str) -> str:
         return ""
     values = list(row["values"].values())
     return told(metric, row["value"]) + (f" ± {told(metric, stats.tstd(values))}" if len(values) > 1 else "")
+
+
+def page(about: str, answer: Sequence[str], table: Sheet, pictures: Sequence[str]) -> str:
+    """What a sweep was about and found, as Markdown: the answer, the table, and the pictures beside it in ``pictures/``."""
+    drawn = [f"![{Path(name).stem}](pictures/{name})" for name in pictures]
+    parts = [*([about] if about else []), "\n".join(f"- {line}" for line in answer), table.markdown().strip(), *drawn]
+    return "\n\n".join(parts) + "\n"
 
 
 def sheet(title: str, rows: Sequence[Row], keys: Sequence[str], sweep: SweepSettings) -> Sheet:

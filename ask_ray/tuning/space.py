@@ -107,10 +107,11 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """What is swept, in the order of the file, and the file to name in errors."""
+    """What is swept, in the order of the file, the file to name in errors, and what it is about."""
 
     file: str
     dimensions: tuple[Dimension, ...]
+    about: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -223,7 +224,8 @@ def read(path: str) -> SpaceFile:
     made: list[Dimension] = []
     for key, told in swept.items():
         made.append(_dimension(path, str(key), told, lines.get(("space", key), 1), {one.key: one for one in made}))
-    return SpaceFile(Space(path, tuple(made)), document.get("sweep") or {}, document.get("settings") or {})
+    about = str(document.get("about") or "").strip()
+    return SpaceFile(Space(path, tuple(made), about), document.get("sweep") or {}, document.get("settings") or {})
 
 
 def _lines(text: str) -> dict[tuple[Any, ...], int]:

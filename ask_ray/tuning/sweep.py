@@ -18,6 +18,7 @@ from ask_ray.config import Settings, SettingsError, SweepSettings, with_values
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Follower, Journal
 from ask_ray.storage import Folder
+from ask_ray.tables import Sheet
 from ask_ray.training import trainer
 from ask_ray.training.forecast import check_memory, forecast
 from ask_ray.training.trainer import Towers
@@ -54,12 +55,12 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
         ray.kill(keeper)
         board.settle(results)
         board.prune()
-        found = _finish(checked, of, board, time.time() - started)
+        found, table = _finish(checked, of, board, time.time() - started)
         for picture in found["pictures"]:
             recorder.artifact(folder / "pictures", picture, "pictures")
-        for kept in ("sweep.json", *(["best.yaml"] if found["best"] else [])):
+        for kept in ("sweep.json", "sweep.md", *(["best.yaml"] if found["best"] else [])):
             recorder.artifact(folder, kept)
-        _tell(console, found, folder, file.space, of, recorder)
+        _tell(console, found, table, folder, recorder)
         if len(board.rows) < search.count(of, checked.points) or INTERRUPTED in board.statuses():
             console.print(f"Interrupted: the same command with --sweep.name {name} goes on", soft_wrap=True)
             raise KeyboardInterrupt
@@ -197,10 +198,11 @@ def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
     )
 
 
-def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -> dict[str, Any]:
-    """Write ``best.yaml``, the pictures and ``sweep.json``."""
+def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -> tuple[dict[str, Any], Sheet]:
+    """Write ``best.yaml``, the pictures, ``sweep.json`` and ``sweep.md``; its table is the final one."""
     folder, swept = checked.folder, checked.space
     rows = outcome.ranked([*board.rows.values()], of.mode)
+    drawn = pictures.draw(folder, swept, checked.settings, rows, of)
     best, answer = outcome.best_of(rows, of.mode), outcome.verdict(rows, of)
     if best is not None:
         told = "".join(f"# {line}\n" for line in answer)
@@ -213,25 +215,25 @@ def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -
         "best": best,
         "verdict": answer,
         "seconds": seconds,
-        "pictures": pictures.draw(folder, swept, checked.settings, rows, of),
+        "pictures": drawn,
         "trials": rows,
     }
     folder.write_json("sweep.json", found)
-    return found
-
-
-def _tell(
-    console: Console, found: dict[str, Any], folder: Folder, swept: Space, of: SweepSettings, recorder: tracking.Recorder
-) -> None:
-    """The final table, the answer, and where everything is."""
     seeds = f", means over {len(of.seeds)} seeds" if len(of.seeds) > 1 else ""
-    console.print(outcome.sheet(f"{folder.name}: best first{seeds}", found["trials"], swept.keys, of).rich())
+    table = outcome.sheet(f"{folder.name}: best first{seeds}", rows, swept.keys, of)
+    folder.write("sweep.md", outcome.page(swept.about, answer, table, drawn).encode())
+    return found, table
+
+
+def _tell(console: Console, found: dict[str, Any], table: Sheet, folder: Folder, recorder: tracking.Recorder) -> None:
+    """The final table, the answer, and where everything is."""
+    console.print(table.rich())
     for row in found["trials"]:
         if row["reason"]:
             console.print(f"{row['trial']} {row['status']}: {row['reason']}", soft_wrap=True, markup=False)
     for line in found["verdict"]:
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Results   {folder / 'sweep.json'}", soft_wrap=True)
+    console.print(f"Results   {folder / 'sweep.md'}, {folder / 'sweep.json'}", soft_wrap=True)
     console.print(f"Pictures  {', '.join(str(folder / 'pictures' / name) for name in found['pictures'])}", soft_wrap=True)
     if recorder.where:
         console.print(f"MLflow    {recorder.where}", soft_wrap=True)

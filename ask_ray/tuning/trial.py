@@ -108,7 +108,8 @@ def train_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     try:
         _train(trial, point_of(config), plan)
     except Exception as error:
-        plan.journal.tell("reason", trial=trial, reason=str(error).strip().split("\n")[0] or type(error).__name__)
+        # before Ray Tune hears of the failure, and the sweep writes down why
+        plan.journal.tell_first("reason", trial=trial, reason=str(error).strip().split("\n")[0] or type(error).__name__)
         raise
 
 

@@ -131,3 +131,13 @@ def test_the_table_has_a_line_for_each_trial():
         ("0.5", "30.00 %", "25.00 %", "3.0", "12.3", "100", "finished", "a"),
         ("", "", "", "", "", "", "failed", "b"),
     ]
+
+
+def test_the_page_holds_what_it_is_about_the_answer_the_table_and_the_pictures():
+    rows, sweep = [row("a", {"0": 0.25}), row("b", {"0": 0.5})], SweepSettings()
+    table = outcome.sheet("two trials", rows, ("ask.rho",), sweep)
+    lines = outcome.page("When to stop.", ["Best: b.", "Against a: +25 %."], table, ["settings.png"]).split("\n\n")
+    assert lines[:3] == ["When to stop.", "- Best: b.\n- Against a: +25 %.", "## two trials"]
+    assert [line.split(" | ")[1] for line in lines[3].splitlines()[2:]] == ["50.00 %", "25.00 %"]
+    assert lines[4] == "![settings](pictures/settings.png)\n"
+    assert outcome.page("", ["No best."], table, []).startswith("- No best.\n\n## ")

@@ -115,6 +115,9 @@ def test_twelve_trials_with_early_stopping_come_to_an_end(swept):
     assert {row["point"]["training.learning_rate"] for row in by_status["failed"]} == {1e30}
     assert found["best"]["value"] == max(row["value"] for row in by_status["finished"])
     assert found["verdict"][0] in told
+    page = (folder / "sweep.md").read_text()
+    assert found["verdict"][0] in page
+    assert all(row["trial"] in page for row in rows)
 
 
 def test_a_failed_trial_is_recorded_with_its_reason(swept):
@@ -173,4 +176,9 @@ def test_each_trial_is_an_mlflow_run_below_the_sweeps(swept):
         assert run.data.tags["sweep.status"] == row["status"]
         assert float(run.data.params["training.learning_rate"]) == row["point"]["training.learning_rate"]
         assert math.isclose(run.data.metrics.get("mean_r1", -1.0), -1.0 if row["value"] is None else row["value"])
-    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"sweep.json", "best.yaml", "pictures"}
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {
+        "sweep.json",
+        "sweep.md",
+        "best.yaml",
+        "pictures",
+    }
