@@ -210,6 +210,8 @@ def _viewers() -> dict:
         Dinov2Model,
         ViTConfig,
         ViTImageProcessor,
+        ViTMAEConfig,
+        ViTMAEModel,
         ViTModel,
     )
 
@@ -224,6 +226,10 @@ def _viewers() -> dict:
     return {
         "vit": (
             ViTModel(ViTConfig(**small, **patches, intermediate_size=32)),
+            ViTImageProcessor(size=square, resample=2),
+        ),
+        "vit-mae": (
+            ViTMAEModel(ViTMAEConfig(**small, **patches, intermediate_size=32)),
             ViTImageProcessor(size=square, resample=2),
         ),
         "clip-vision": (CLIPModel(clip), CLIPImageProcessor(size=shortest, crop_size=square)),

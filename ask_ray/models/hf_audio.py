@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ask_ray.models.audio_towers import AudioTower
 from ask_ray.models.pooling import Encoded
-from ask_ray.models.pretrained import Origin, pooled, read_config, read_extractor, read_model, settle, states_of
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_extractor, read_model, settled, states_of
 from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class HfAudio(AudioTower):
         """`name` is a local folder or hub id; for `pooling` see :func:`ask_ray.models.pretrained.pooled`.
 
         Raises:
-            WeightsError: if the model cannot be had, is none of audio, or cannot be pooled so.
+            WeightsError: if the model cannot be had, or is none of audio.
+            SettingsError: if it cannot be pooled so.
         """
         from transformers import AutoModel
 
@@ -49,9 +50,8 @@ class HfAudio(AudioTower):
         self.window = window(self.extractor)
         self.model, lacking = read_model(AutoModel, read_config(origin), origin, "audio_model")
         least = round(LEAST_SECONDS * self.sample_rate)
-        with torch.enable_grad():
-            probe = self.eval().encode(torch.zeros(1, least), torch.tensor([least]))
-        settle(self.model, probe.vectors, lacking, origin)
+        self.eval()
+        probe = settled(self.model, lambda: self.encode(torch.zeros(1, least), torch.tensor([least])), lacking, origin)
         self.width = probe.vectors.shape[1]
         self.token_width = None if probe.tokens is None else probe.tokens.shape[2]
         self.train()

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ask_ray.config import SettingsError
 from ask_ray.models.image_towers import Eyes, ImageTower, View
 from ask_ray.models.pooling import Encoded
-from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_processor, settle, states_of
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_processor, settled, states_of
 from ask_ray.models.weights import WeightsError, first_line
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class HfImage(ImageTower):
         :class:`Eyes`.
 
         Raises:
-            WeightsError: if the model cannot be had, is none of pictures, or cannot be pooled so.
+            WeightsError: if the model cannot be had, is none of pictures, or leaves parts of them out at random.
+            SettingsError: if it cannot be pooled so.
         """
         from transformers import AutoModel
 
@@ -43,16 +45,17 @@ class HfImage(ImageTower):
         self.eyes = Eyes(view_of(read_processor(origin), origin), crop)
         self.model, lacking = read_model(AutoModel, read_config(origin), origin, "vision_model")
         view = self.eyes.view
-        blank = torch.zeros(1, 3, view.height, view.width, dtype=torch.uint8)
+        noise = torch.randint(256, (1, 3, view.height, view.width), generator=torch.Generator().manual_seed(0)).byte()
+        self.eval()
         try:
-            with torch.enable_grad():
-                probe = self.eval().encode(blank, torch.tensor([[view.height, view.width]]))
+            probe = settled(self.model, lambda: self.encode(noise, torch.tensor([noise.shape[2:]])), lacking, origin)
+        except (SettingsError, WeightsError):
+            raise
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise WeightsError(
                 f"{origin}: {type(self.model).__name__} gives no features of {view.height} × {view.width} pixels "
                 f"({first_line(error)}); give a vision model that takes one picture as pixel_values"
             ) from error
-        settle(self.model, probe.vectors, lacking, origin)
         self.width = probe.vectors.shape[1]
         self.token_width = None if probe.tokens is None else probe.tokens.shape[2]
         self.train()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ask_ray.config import SettingsError
-from ask_ray.models.pooling import masked_max, masked_mean
+from ask_ray.models.pooling import Encoded, masked_max, masked_mean
 from ask_ray.models.weights import WeightsError, few, first_line, folder_of
 
 if TYPE_CHECKING:
@@ -162,13 +162,20 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def settle(model: nn.Module, output: Tensor, lacking: list[str], origin: Origin) -> None:
-    """Freeze what `output`, computed by `model` with gradients, does not depend on.
+def settled(model: nn.Module, encode: Callable[[], Encoded], lacking: list[str], origin: Origin) -> Encoded:
+    """What `encode` makes of a probe with `model`; what the vectors do not depend on is frozen.
 
     Raises:
-        WeightsError: if it depends on weights that are `lacking`, naming the first of them.
+        WeightsError: if they depend on weights that are `lacking`, naming the first of them, or are others each time.
     """
-    reached = {id(parameter) for parameter in _leaves(output)}
+    with torch.enable_grad():
+        probe, again = encode(), encode()
+    if not torch.allclose(probe.vectors, again.vectors, atol=1e-4):
+        raise WeightsError(
+            f"{origin}: {type(model).__name__} makes other features of the same input each time, though it is not training (a "
+            "masked autoencoder leaves parts out at random): give a model that does not"
+        )
+    reached = {id(parameter) for parameter in _leaves(probe.vectors)}
     idle = set()
     for name, parameter in model.named_parameters():
         if id(parameter) not in reached:
@@ -180,6 +187,7 @@ def settle(model: nn.Module, output: Tensor, lacking: list[str], origin: Origin)
             f"{origin} does not fit {type(model).__name__}: {len(lacking)} missing or differently shaped: {few(lacking)}. "
             "Give this model's weights"
         )
+    return probe
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ask_ray.config import SettingsError
 from ask_ray.models.pooling import Encoded, masked_mean
-from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_tokenizer, settle, states_of
+from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_tokenizer, settled, states_of
 from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def any_text(name: str, pooling: str, max_words: int) -> Transformer:
     """Any text model of the transformers library, from a local folder or the hub; of two stacks, the encoder.
 
     Raises:
-        WeightsError: if it cannot be had, cannot be pooled so, or takes fewer than `max_words` tokens.
+        WeightsError: if it cannot be had, or takes fewer than `max_words` tokens.
+        SettingsError: if it cannot be pooled so.
     """
     from transformers import AutoModel
 
@@ -186,9 +187,7 @@ def _pretrained(
         raise WeightsError(f"{origin} takes {most} tokens; lower model.max_words")
     model, lacking = read_model(kind, config, origin, "text_model", **options)
     tower = Transformer(model, PublishedTokens(tokenizer, max_words), pooling).eval()
-    with torch.enable_grad():
-        probe = tower.encode(*tower.tokenise(["a"]))
-        settle(model, probe.vectors, lacking, origin)
+    probe = settled(model, lambda: tower.encode(*tower.tokenise(["a"])), lacking, origin)
     tower.token_width = None if probe.tokens is None else probe.tokens.shape[2]
     return tower.train()
 

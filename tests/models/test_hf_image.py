@@ -98,12 +98,17 @@ def test_a_processor_that_does_not_bring_pictures_to_one_size_is_refused(models,
         HfImage(str(folder), "mean", 0.9)
 
 
-def test_a_pooling_that_a_model_lacks_is_refused(models, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ask_ray.models import pretrained
+def test_a_pooling_that_a_model_lacks_is_refused(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEModel
 
-    class Output:
-        last_hidden_state = torch.zeros(1, 4, 16)
-        pooler_output = None
-
+    made = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTMAEModel(ViTMAEConfig(**made, image_size=32, patch_size=8, mask_ratio=0.0)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=r"model\.image_pooling.*choose mean"):
-        pretrained.pooled(Output(), None, "pooler")
+        HfImage(str(tmp_path), "pooler", 0.9)
+
+
+def test_a_model_that_leaves_out_parts_of_a_picture_at_random_is_refused(models) -> None:
+    for pooling in ("mean", "first"):
+        with pytest.raises(WeightsError, match=r"model\.image: .*ViTMAEModel makes other features of the same input each time"):
+            HfImage(str(models["vit-mae"]), pooling, 0.9)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from sweeps import start, write_space
+from sweeps import QUICK, start, write_space
 
 from ask_ray import tracking
 from ask_ray.config import SettingsError, SweepSettings, load
+from ask_ray.storage import Folder
 from ask_ray.tuning import space, sweep
 
 mlflow = pytest.importorskip("mlflow")
@@ -89,6 +90,25 @@ def test_a_name_of_a_run_or_of_another_sweep_is_refused(home, ray_session):
         SettingsError, match=r"sweep.name: .*other is another sweep: space.ask.beta.grid \(\[0.1\] there, None here\)"
     ):
         begin(home, RHO, {**GRID, "name": "other"})
+
+
+def test_a_sweep_lives_on_object_storage_and_is_continued_there(ray_session, s3, tmp_path):
+    place = Folder.at(s3.uri("bucket/sweeps")) / "far"
+    settings = {
+        "run": {"storage": s3.uri("bucket/sweeps")},
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "training": {**QUICK["training"], "epochs": 1},
+    }
+    found = begin(tmp_path, RHO, {**GRID, "name": "far"}, settings)
+    assert [row["status"] for row in found["trials"]] == ["finished", "finished"]
+    assert place.read_json("sweep.json") == found
+    assert {"best.yaml", "sweep.md", "pictures", "tune", "trials"} <= {*place.names()}
+    files = {name: (place / "trials" / name).names() for name in (place / "trials").names()}
+    assert all("result.json" in names for names in files.values())
+    kept = [name for name, names in files.items() if any(file.startswith("checkpoint_") for file in names)]
+    assert kept == [f"{found['best']['trial']}-seed-0"]
+    again = begin(tmp_path, RHO, {**GRID, "name": "far"}, settings)
+    assert again["trials"] == found["trials"]
 
 
 @pytest.fixture(scope="module")
