@@ -51,7 +51,8 @@ class HfAudio(AudioTower):
         self.model, lacking = read_model(AutoModel, read_config(origin), origin, "audio_model")
         least = round(LEAST_SECONDS * self.sample_rate)
         self.eval()
-        probe = settled(self.model, lambda: self.encode(torch.zeros(1, least), torch.tensor([least])), lacking, origin)
+        silence = torch.zeros(1, least), torch.tensor([least])
+        probe = settled(self.model, lambda: self.encode(*silence), lacking, origin, "an audio model that takes one clip")
         self.width = probe.vectors.shape[1]
         self.token_width = None if probe.tokens is None else probe.tokens.shape[2]
         self.train()

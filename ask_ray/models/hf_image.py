@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ask_ray.config import SettingsError
 from ask_ray.models.image_towers import Eyes, ImageTower, View
 from ask_ray.models.pooling import Encoded
 from ask_ray.models.pretrained import Origin, pooled, read_config, read_model, read_processor, settled, states_of
-from ask_ray.models.weights import WeightsError, first_line
+from ask_ray.models.weights import WeightsError
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -47,15 +46,13 @@ class HfImage(ImageTower):
         view = self.eyes.view
         noise = torch.randint(256, (1, 3, view.height, view.width), generator=torch.Generator().manual_seed(0)).byte()
         self.eval()
-        try:
-            probe = settled(self.model, lambda: self.encode(noise, torch.tensor([noise.shape[2:]])), lacking, origin)
-        except (SettingsError, WeightsError):
-            raise
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise WeightsError(
-                f"{origin}: {type(self.model).__name__} gives no features of {view.height} × {view.width} pixels "
-                f"({first_line(error)}); give a vision model that takes one picture as pixel_values"
-            ) from error
+        probe = settled(
+            self.model,
+            lambda: self.encode(noise, torch.tensor([noise.shape[2:]])),
+            lacking,
+            origin,
+            f"a vision model that takes one picture of {view.height} × {view.width} pixels as pixel_values",
+        )
         self.width = probe.vectors.shape[1]
         self.token_width = None if probe.tokens is None else probe.tokens.shape[2]
         self.train()
@@ -77,14 +74,15 @@ def view_of(processor: BaseImageProcessor, origin: Origin) -> View:
     """
     size, crop = (_sides(getattr(processor, name, None)) for name in ("size", "crop_size"))
     shorter, final = size.get("shortest_edge"), size
-    if processor.do_center_crop and crop:
+    if getattr(processor, "do_center_crop", False) and crop:
         final = crop
     elif shorter is not None and (share := getattr(processor, "crop_pct", None)):
         final = {"height": shorter, "width": shorter}
         shorter = int(shorter / share) if shorter < CONVNEXT_WHOLE else None
     elif shorter is not None:
         final = {"height": shorter, "width": shorter}
-    if not processor.do_resize or not {"height", "width"} <= final.keys() or processor.resample not in FILTERS:
+    told = {name: getattr(processor, name, None) for name in ("do_resize", "resample")}
+    if not told["do_resize"] or not {"height", "width"} <= final.keys() or told["resample"] not in FILTERS:
         raise WeightsError(
             f"{origin}: its {type(processor).__name__} does not bring pictures to one size (do_resize, size, crop_size and "
             "resample of preprocessor_config.json); give a model whose does"
@@ -93,7 +91,7 @@ def view_of(processor: BaseImageProcessor, origin: Origin) -> View:
         int(final["height"]),
         int(final["width"]),
         shorter,
-        FILTERS[processor.resample],
+        FILTERS[told["resample"]],
         255 * processor.rescale_factor if processor.do_rescale else 255.0,
         tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
         tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),

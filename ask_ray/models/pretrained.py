@@ -162,14 +162,25 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def settled(model: nn.Module, encode: Callable[[], Encoded], lacking: list[str], origin: Origin) -> Encoded:
+def settled(model: nn.Module, encode: Callable[[], Encoded], lacking: list[str], origin: Origin, needed: str) -> Encoded:
     """What `encode` makes of a probe with `model`; what the vectors do not depend on is frozen.
 
+    Args:
+        needed: the kind of model that would do.
+
     Raises:
-        WeightsError: if they depend on weights that are `lacking`, naming the first of them, or are others each time.
+        WeightsError: if the model takes no such probe; if the vectors depend on weights that are `lacking`, naming the first
+            of them, or are others each time.
+        SettingsError: if it cannot be pooled as the settings say.
     """
-    with torch.enable_grad():
-        probe, again = encode(), encode()
+    try:
+        with torch.enable_grad():
+            probe, again = encode(), encode()
+    except SettingsError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        name = type(model).__name__
+        raise WeightsError(f"{origin}: {name} gives no features ({first_line(error)}); give {needed}") from error
     if not torch.allclose(probe.vectors, again.vectors, atol=1e-4):
         raise WeightsError(
             f"{origin}: {type(model).__name__} makes other features of the same input each time, though it is not training (a "

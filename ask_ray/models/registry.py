@@ -91,11 +91,25 @@ def build(model: ModelSettings, sample_rate: int | None) -> DualEncoder:
     if model.freq_mask > TINY_MEL.mels:
         raise SettingsError(f"model.freq_mask is {model.freq_mask} but features have {TINY_MEL.mels} mels: lower it")
     modality: Modality = "image" if sample_rate is None else "audio"
+    _check_read(model, modality)
     tower = image_tower(model) if sample_rate is None else audio_tower(model, sample_rate)
     text, widths = text_tower(model), None
     if model.interaction == "late":
         widths = _tokens(modality, model.tower(modality), tower.token_width), _tokens("text", model.text, text.token_width)
     return DualEncoder(tower, text, model.dim, model.dropout, model.temperature, widths)
+
+
+def _check_read(model: ModelSettings, modality: Modality) -> None:
+    """Refuse settings that were changed and that the chosen towers do not read."""
+    towers = {modality: model.tower(modality), "text": model.text}
+    read_by = {f"{side}_pooling": (side, name.startswith(HF), f"{HF} towers") for side, name in towers.items()}
+    read_by["language"] = ("text", model.text == "sonar", "sonar")
+    for setting, (side, is_read, readers) in read_by.items():
+        value, default = getattr(model, setting), ModelSettings.model_fields[setting].default
+        if not is_read and value != default:
+            raise SettingsError(
+                f"model.{setting} is {value}, but model.{side}={towers[side]} does not read it ({readers} do): leave it {default}"
+            )
 
 
 def _tokens(side: str, name: str, width: int | None) -> int:

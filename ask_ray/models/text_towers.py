@@ -187,7 +187,7 @@ def _pretrained(
         raise WeightsError(f"{origin} takes {most} tokens; lower model.max_words")
     model, lacking = read_model(kind, config, origin, "text_model", **options)
     tower = Transformer(model, PublishedTokens(tokenizer, max_words), pooling).eval()
-    probe = settled(model, lambda: tower.encode(*tower.tokenise(["a"])), lacking, origin)
+    probe = settled(model, lambda: tower.encode(*tower.tokenise(["a"])), lacking, origin, "a text encoder")
     tower.token_width = None if probe.tokens is None else probe.tokens.shape[2]
     return tower.train()
 
