@@ -50,6 +50,7 @@ def workers_of_trial(settings: Settings) -> int:
 
 
 def _start(settings: Settings, cpus: float, dashboard: bool) -> None:
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same for workers and trials
     if ray.is_initialized():
         return
     join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
@@ -96,7 +97,7 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
     Raises:
         SettingsError: if not one fits beside its own process, with the sum.
     """
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [{**node, "Resources": dict(node["Resources"])} for node in ray.nodes() if node["Alive"]]
     count = 0
     while _placed(settings, nodes):
         count += 1
@@ -112,20 +113,22 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
     return count if wanted or len(nodes) > 1 else min(count, _on_cores(settings))
 
 
-def _placed(settings: Settings, nodes: list[dict[str, float]]) -> bool:
-    """Take one trial's shares from the nodes, the largest first and each where it first fits; false if one does not."""
+def _placed(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
+    """Take one trial's shares from the nodes, the largest first, each where it may run and first fits; false if one does not."""
     training, pool = settings.training, settings.knowledge.pool
     worker = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker or 0.0}
     actor = {"CPU": pool.cpus, "GPU": pool.gpus or 0.0}
-    parts = [worker] * (training.workers or 0) + [actor] * (pool.min_actors if settings.ask.enabled else 0)
-    parts += [{"CPU": _evaluation_cpus(settings)}, {"CPU": TRIAL_CPUS}]
-    for part in sorted(parts, key=lambda one: (one.get("GPU", 0.0), one["CPU"]), reverse=True):
-        fits = (node for node in nodes if all(node.get(name, 0.0) + 1e-6 >= share for name, share in part.items()))
-        node = next(fits, None)
-        if node is None:
+    parts = [(worker, [node for node in nodes if _trains(settings, node)])] * (training.workers or 0)
+    parts += [(actor, [node for node in nodes if _encodes(settings, node)])] * (pool.min_actors if settings.ask.enabled else 0)
+    parts += [({"CPU": share}, nodes) for share in (_evaluation_cpus(settings), TRIAL_CPUS)]
+    for part, on in sorted(parts, key=lambda one: (one[0].get("GPU", 0.0), one[0]["CPU"]), reverse=True):
+        there = (node["Resources"] for node in on)
+        fits = (has for has in there if all(has.get(name, 0.0) + 1e-6 >= share for name, share in part.items()))
+        has = next(fits, None)
+        if has is None:
             return False
         for name, share in part.items():
-            node[name] = node.get(name, 0.0) - share
+            has[name] = has.get(name, 0.0) - share
     return True
 
 
@@ -181,7 +184,7 @@ def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
     trained_on = [node for node in nodes if _trains(settings, node)]
     if not trained_on:
         raise SettingsError(f"training.node_resource: no live node of the cluster offers {training.node_resource!r}")
-    encoded_on = [node for node in nodes if pool.node_labels.items() <= (node.get("Labels") or {}).items()]
+    encoded_on = [node for node in nodes if _encodes(settings, node)]
     if settings.ask.enabled and not encoded_on:
         raise SettingsError(f"knowledge.pool.node_labels: no live node of the cluster carries {pool.node_labels}")
     for field, asked, on in (
@@ -200,6 +203,11 @@ def _trains(settings: Settings, node: dict[str, Any]) -> bool:
     """Whether workers may run on a node."""
     resource = settings.training.node_resource
     return resource is None or node["Resources"].get(resource, 0.0) > 0
+
+
+def _encodes(settings: Settings, node: dict[str, Any]) -> bool:
+    """Whether the pool may run on a node."""
+    return settings.knowledge.pool.node_labels.items() <= (node.get("Labels") or {}).items()
 
 
 def _check_room(settings: Settings, nodes: list[dict[str, Any]]) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from ask_ray.config import Settings, SweepSettings, UserError, parse, parser, plain
+from ask_ray.config import Settings, SettingsError, SweepSettings, UserError, describe, parse, parser, plain
 
 Options = dict[str, Any]
 
@@ -37,7 +38,12 @@ def with_space(description: str, job: Callable[[Settings, SweepSettings, Any], o
         file = space.read(str(path))
         of_file = yaml.safe_dump({**file.settings, "sweep": file.sweep}, allow_unicode=True)
         settings, found = parse(made, [f"--config={of_file}", *words])
-        return job(settings, SweepSettings.model_validate(plain(found["sweep"])), file)
+        try:
+            return job(settings, SweepSettings.model_validate(plain(found["sweep"])), file)
+        except ValidationError as error:
+            raise SettingsError(file.located(f"sweep.{describe(error)}")) from error
+        except SettingsError as error:
+            raise type(error)(file.located(str(error))) from error
 
     path = _value(words, "--space")
     if path is None:

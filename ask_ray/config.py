@@ -477,7 +477,7 @@ class SweepSettings(Section):
     reduction: float = Field(3.0, gt=1, description="early stopping: of so many trials one goes on at each rung")
     perturb_epochs: Count = Field(2, description="pbt: epochs between a trial's chances to take over a better one's weights")
     keep: Natural = Field(1, description="best trials that keep weights and knowledge base; of the others only figures are kept")
-    seed: Natural = Field(0, description="seed of what random, optuna and pbt draw")
+    seed: Natural = Field(0, description="seed of what random and optuna draw, and of pbt's first points")
 
     @model_validator(mode="after")
     def check(self) -> SweepSettings:

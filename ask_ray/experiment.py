@@ -90,8 +90,7 @@ def run(
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, trainer.workers_of(settings), cluster.memories())
     if settings.run.dry_run:
-        _tell_forecast(console, settings, takes)
-        return {"name": place.name, "dry_run": True, **asdict(takes)}
+        return {"name": place.name, **tell_forecast(console, settings, takes)}
     place.folder.write("settings.yaml", settings.to_yaml().encode())
     console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
     journal, keeper = Journal.start()
@@ -308,8 +307,8 @@ def _result(
     }
 
 
-def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> None:
-    """What a dry run ends with."""
+def tell_forecast(console: Console, settings: Settings, takes: Forecast) -> dict[str, Any]:
+    """What a dry run ends with, told and returned."""
     training, refresh, modality = settings.training, settings.knowledge.refresh, settings.data.modality
     table = Table(title="What the run would take: nothing was trained", show_header=False)
     table.add_row("workers", f"{training.workers} on {training.device}, {training.batch_size} pairs each a step")
@@ -324,6 +323,7 @@ def _tell_forecast(console: Console, settings: Settings, takes: Forecast) -> Non
     )
     console.print(table)
     console.print("Next      the same command without --run.dry_run", soft_wrap=True)
+    return {"dry_run": True, **asdict(takes)}
 
 
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:

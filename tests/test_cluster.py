@@ -152,6 +152,21 @@ def test_a_resource_keeps_training_off_the_nodes_of_the_pool():
         cluster._check_nodes(of({"node_resource": "train"}, pool | {"cpus": 9.0}), [training, encoding])
 
 
+def test_trials_are_counted_by_the_nodes_on_which_their_parts_may_run(monkeypatch):
+    node = {"Alive": True, "Labels": {}}
+    trains = [{**node, "Resources": {"CPU": 4.0, "train": 1.0}} for _ in range(2)]
+    encodes = {**node, "Resources": {"CPU": 64.0}, "Labels": {"ask_ray": "encoder"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*trains, encodes])
+    training = {"workers": 1, "cpus_per_worker": 2.0, "device": "cpu"}
+    free, bound = of(training), of({**training, "node_resource": "train"}, {"node_labels": {"ask_ray": "encoder"}})
+    assert cluster.trials_at_once(bound, None) == 4
+    assert cluster.trials_at_once(free, None) > 4
+    monkeypatch.setattr(ray, "nodes", lambda: [*trains, {**encodes, "Resources": {"CPU": 0.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(SettingsError, match=r"^sweep: a trial reserves"):
+        cluster.trials_at_once(bound, None)
+
+
 def test_labels_must_be_carried_by_one_node_all_at_once():
     nodes = [{"Resources": {"CPU": 4.0}, "Labels": labels} for labels in ({"zone": "a"}, {"kind": "x"}, None)]
     cluster._check_nodes(of(pool={"node_labels": {"zone": "a"}}), nodes)

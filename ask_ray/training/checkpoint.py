@@ -31,6 +31,9 @@ from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder
 
 PREFIX = "checkpoint_"
+
+#: Ray Train's list of them.
+CHECKPOINTS = "checkpoint_manager_snapshot.json"
 MEMORY = "memory.safetensors"
 
 

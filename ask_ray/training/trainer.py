@@ -24,7 +24,7 @@ from ask_ray.knowledge.sources import Extent, check_sources, entries_of, sources
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training.beside import validation_of
-from ask_ray.training.checkpoint import PREFIX
+from ask_ray.training.checkpoint import CHECKPOINTS, PREFIX
 from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
 
 #: Ray Train looks for reports this often; with its default of 2 s, short epochs would wait for it.
@@ -62,7 +62,9 @@ class RunPlace:
     def forget(self) -> None:
         """Remove its checkpoints and its knowledge base; figures and pictures stay."""
         for name in self.folder.names() if self.folder.exists() else []:
-            if name == self.knowledge.name or name.startswith(PREFIX):
+            if name == CHECKPOINTS:
+                self.folder.remove(name)
+            elif name == self.knowledge.name or name.startswith(PREFIX):
                 (self.folder / name).delete()
 
 

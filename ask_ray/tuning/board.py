@@ -36,15 +36,17 @@ class Watch(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A trial was evaluated."""
         if self._metric in result and not result.get(DONE):
-            self._journal.tell("result", trial=trial.trial_id, age=result[AGE], value=result[self._metric])
+            told = {"age": result[AGE], "value": result[self._metric], "point": point_of(trial.config)}
+            self._journal.tell("result", trial=trial.trial_id, **told)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial came to its end, or was stopped."""
-        self._journal.tell("ended", trial=trial.trial_id, whole=bool(trial.last_result.get(DONE)))
+        whole = bool(trial.last_result.get(DONE))
+        self._journal.tell("ended", trial=trial.trial_id, point=point_of(trial.config), whole=whole)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed."""
-        self._journal.tell("failed", trial=trial.trial_id)
+        self._journal.tell("failed", trial=trial.trial_id, point=point_of(trial.config))
 
 
 class Board:
@@ -76,6 +78,7 @@ class Board:
             self._set(trial, event["point"], RUNNING, "")
             self._console.print(f"{trial} started: {name_of(event['point'])}", soft_wrap=True)
         elif kind == "result":
+            self._set(trial, event["point"], RUNNING, "")
             self._console.print(
                 f"  {trial} age {event['age']:>3}  {self._of.metric} {outcome.told(self._of.metric, event['value'])}"
             )
@@ -83,22 +86,20 @@ class Board:
             self._reasons[trial] = event["reason"]
         else:
             status = FAILED if kind == "failed" else FINISHED if event["whole"] else STOPPED
-            self._end(trial, self.rows[trial]["point"], status)
+            self._end(trial, event["point"], status)
 
     def settle(self, results: tune.ResultGrid) -> None:
-        """Bring the rows in line with what Ray Tune holds at the end: a killed sweep may not have heard of everything."""
-        for number in range(len(results)):
-            result = results[number]
-            trial, metrics = Path(result.path).name, result.metrics or {}
-            row = self.rows.get(trial)
-            if result.error is not None:
-                status = FAILED
-            elif metrics.get(DONE):
-                status = FINISHED
-            else:
-                status = INTERRUPTED if row is None or row["status"] == RUNNING else row["status"]
+        """Bring the rows in line with what Ray Tune holds at the end: a killed sweep may not have heard of everything, and Ray
+        Tune may have forgotten the last that it started, which has then been tried again as another."""
+        known = {Path(results[number].path).name: results[number] for number in range(len(results))}
+        for trial, result in known.items():
+            row, status = self.rows.get(trial), _status(result)
             if row is None or row["status"] != status:
                 self._end(trial, point_of(result.config or {}), status)
+        for trial in [trial for trial in self.rows if trial not in known]:
+            self._record({**self.rows.pop(trial), "status": INTERRUPTED})
+            for name in self._runs_of([trial]):
+                RunPlace(self.trials, name).forget()
 
     def _end(self, trial: str, point: Point, status: str) -> None:
         reason = self._reasons.get(trial, PROCESS_DIED) if status == FAILED else ""
@@ -129,6 +130,21 @@ class Board:
         ended = [row for row in self.rows.values() if row["status"] in (FINISHED, STOPPED, FAILED)]
         best = [row for row in outcome.ranked(ended, self._of.mode) if row["status"] == FINISHED][: self._of.keep]
         kept = [run_folder(self.trials, row["trial"], seed).name for row in best for seed in self._of.seeds]
-        for name in self.trials.names() if self.trials.exists() else []:
-            if name not in kept and any(name.startswith(f"{row['trial']}-") for row in ended):
+        for name in self._runs_of([row["trial"] for row in ended]):
+            if name not in kept:
                 RunPlace(self.trials, name).forget()
+
+    def _runs_of(self, trials: list[str]) -> list[str]:
+        """The runs of trials, all parts and seeds."""
+        there = self.trials.names() if self.trials.exists() else []
+        return [name for name in there if name.startswith(tuple(f"{trial}-" for trial in trials))]
+
+
+def _status(result: tune.Result) -> str:
+    """How Ray Tune says that a trial stands at the end of a sweep."""
+    metrics = result.metrics or {}
+    if result.error is not None:
+        return FAILED
+    if metrics.get(DONE):
+        return FINISHED
+    return STOPPED if metrics.get(tune.result.DONE) else INTERRUPTED

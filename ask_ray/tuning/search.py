@@ -13,21 +13,32 @@ from ray.tune.search.optuna import OptunaSearch
 from ask_ray.config import Settings, SettingsError, SweepSettings
 from ask_ray.modality import WAYS
 from ask_ray.training.metrics import FIGURES
-from ask_ray.tuning.space import NUMBERS, Point, Space
+from ask_ray.tuning.space import LISTS, NUMBERS, Point, Space
 from ask_ray.tuning.trial import AGE
 
 #: What every evaluation on the validation split reports.
 METRICS = ("mean_r1", *(f"{way}_{figure}" for way in WAYS for figure in FIGURES))
 
 
-def check_metric(sweep: SweepSettings, settings: Settings) -> None:
-    """Refuse a metric that no run reports, and runs that do not report it at their end.
+def check_metric(sweep: SweepSettings) -> None:
+    """Refuse a metric that no run reports, and one of which the worst would be taken for the best.
 
     Raises:
         SettingsError: naming the setting.
     """
     if sweep.metric not in METRICS:
         raise SettingsError(f"sweep.metric: no run reports {sweep.metric!r}; evaluations report {', '.join(METRICS)}")
+    better = "min" if sweep.metric.endswith("_rank") else "max"
+    if sweep.mode != better:
+        raise SettingsError(f"sweep.mode: is {sweep.mode}, but of {sweep.metric} {better} is better: set it to {better}")
+
+
+def check_reported(settings: Settings) -> None:
+    """Refuse runs that do not report a metric at their end.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
     training = settings.training
     if not training.evaluates(training.epochs):
         raise SettingsError(
@@ -82,20 +93,30 @@ def config(sweep: SweepSettings, space: Space, points: list[Point], at_once: int
     return {"param_space": {"point": tune.grid_search(points)} if listed else drawn, "tune_config": told}
 
 
+def longest(settings: Settings, space: Space) -> int:
+    """The most epochs that a run of the space trains."""
+    swept = [value for one in space.dimensions if one.key == "training.epochs" for value in one.values]
+    return max([settings.training.epochs, *swept])
+
+
 def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialScheduler | None:
-    """ASHA by age, over the epochs of all seeds; no trial is stopped for having come to its end. Or population based training."""
+    """ASHA by age, over the epochs of all seeds; no trial is stopped at its end. Or population based training."""
     if sweep.algorithm == "pbt":
         return PopulationBasedTraining(
             time_attr=AGE,
             perturbation_interval=sweep.perturb_epochs,
-            hyperparam_mutations=space.domains,
+            hyperparam_mutations={one.key: list(one.values) if one.kind in LISTS else one.domain for one in space.dimensions},
             custom_explore_fn=partial(within, space),
         )
-    if not sweep.early_stopping:
+    last = epochs * len(sweep.seeds) - 1  # who has trained so long is not stopped any more
+    if not sweep.early_stopping or last < sweep.grace_epochs:
         return None
-    longest = epochs * len(sweep.seeds) + 2
     return ASHAScheduler(
-        time_attr=AGE, max_t=longest, grace_period=min(sweep.grace_epochs, longest), reduction_factor=sweep.reduction
+        time_attr=AGE,
+        max_t=last,
+        grace_period=sweep.grace_epochs,
+        reduction_factor=sweep.reduction,
+        stop_last_trials=False,
     )
 
 

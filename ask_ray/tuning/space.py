@@ -12,6 +12,7 @@ terms, and may tie one to another's value::
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +87,12 @@ class Dimension:
     def applies(self, point: Point) -> bool:
         """Whether the setting is swept beside the values that a point has so far."""
         return all(key in point and point[key] in values for key, values in self.when.items())
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is one of a choice, a grid, or a range of integers."""
+        if self.kind in INTEGERS:
+            return isinstance(value, int) and value in range(*self.arguments)
+        return repr(value) in map(repr, self.arguments)
 
     def draw(self, rng: np.random.RandomState) -> Any:
         """A value at random."""
@@ -193,11 +200,18 @@ class Space:
 
 @dataclass(frozen=True)
 class SpaceFile:
-    """A space file that is read: the space, and the trees of `sweep` and `settings` for the settings parser."""
+    """A space file that is read: the space, the trees of `sweep` and `settings` for the settings parser, and the lines of what
+    these set, by dotted names as errors have them."""
 
     space: Space
     sweep: dict[str, Any]
     settings: dict[str, Any]
+    lines: dict[str, int]
+
+    def located(self, problem: str) -> str:
+        """An error, with the file and the line first if it is of a setting that stands there."""
+        named = [key for key in self.lines if problem.startswith((f"{key}:", f"{key} "))]
+        return f"{self.space.file}:{self.lines[max(named, key=len)]}: {problem}" if named else problem
 
 
 def read(path: str) -> SpaceFile:
@@ -224,12 +238,17 @@ def read(path: str) -> SpaceFile:
     made: list[Dimension] = []
     for key, told in swept.items():
         made.append(_dimension(path, str(key), told, lines.get(("space", key), 1), {one.key: one for one in made}))
+    for part in ("sweep", "settings"):
+        if not isinstance(document.get(part) or {}, dict):
+            raise SettingsError(f"{path}:{lines[(part,)]}: {part} holds {document[part]!r}; it maps names to values")
     about = str(document.get("about") or "").strip()
-    return SpaceFile(Space(path, tuple(made), about), document.get("sweep") or {}, document.get("settings") or {})
+    of_settings = {key: line for key, line in lines.items() if key[0] in ("sweep", "settings")}
+    told = {".".join(map(str, key if key[0] == "sweep" else key[1:])): line for key, line in of_settings.items()}
+    return SpaceFile(Space(path, tuple(made), about), document.get("sweep") or {}, document.get("settings") or {}, told)
 
 
 def _lines(text: str) -> dict[tuple[Any, ...], int]:
-    """The lines, from 1, of the keys of the two outer levels.
+    """The lines, from 1, of the keys, each by those above it.
 
     Raises:
         yaml.YAMLError: at a key that stands twice, of which YAML would keep the last.
@@ -242,8 +261,7 @@ def _lines(text: str) -> dict[tuple[Any, ...], int]:
             if name in found:
                 raise yaml.MarkedYAMLError(None, None, f"{key.value} stands twice", key.start_mark)
             found[name] = key.start_mark.line + 1
-            if len(name) < 2:
-                walk(value, name)
+            walk(value, name)
 
     root = yaml.compose(text, yaml.SafeLoader)
     if root is not None:
@@ -274,8 +292,10 @@ def _dimension(path: str, key: str, told: Any, line: int, before: dict[str, Dime
         raise refuse("when maps settings that stand above in the space to the values under which this one is swept")
     conditions = {other: tuple(value) if isinstance(value, list) else (value,) for other, value in when.items()}
     for other, values in conditions.items():
-        if before[other].kind in LISTS and not set(map(repr, values)) & set(map(repr, before[other].arguments)):
-            raise refuse(f"when: {other} is never {' or '.join(map(str, values))}")
+        if before[other].kind not in (*LISTS, *INTEGERS):
+            raise refuse(f"when: {other} is a range, which never meets single values; tie to a choice or grid")
+        if never := [value for value in values if not before[other].takes(value)]:
+            raise refuse(f"when: {other} is never {' or '.join(map(str, never))}")
     return Dimension(key, kinds[0], tuple(told[kinds[0]]), line, conditions)
 
 
@@ -295,6 +315,8 @@ def _problem(kind: str, given: Any) -> str:
         return f"{kind}: low must be above 0"
     if kind == "quniform" and not 0 < given[2] <= given[1] - given[0]:
         return "quniform: step must be above 0 and at most high - low"
+    if kind == "quniform" and not all(math.isclose(bound / given[2], round(bound / given[2])) for bound in given[:2]):
+        return f"quniform: low and high must be multiples of the step {given[2]:g}"
     return ""
 
 

@@ -14,13 +14,13 @@ from ray import tune
 from rich.console import Console
 
 from ask_ray import cluster, experiment, tracking
-from ask_ray.config import Settings, SettingsError, SweepSettings, with_values
+from ask_ray.config import RunSettings, Settings, SettingsError, SweepSettings, with_values
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Follower, Journal
 from ask_ray.storage import Folder
 from ask_ray.tables import Sheet
 from ask_ray.training import trainer
-from ask_ray.training.forecast import check_memory, forecast
+from ask_ray.training.forecast import Forecast, check_memory, forecast
 from ask_ray.training.trainer import Towers
 from ask_ray.tuning import outcome, pictures, search, space
 from ask_ray.tuning.board import Board, Watch
@@ -28,15 +28,18 @@ from ask_ray.tuning.outcome import INTERRUPTED
 from ask_ray.tuning.space import Point, Space, SpaceFile
 from ask_ray.tuning.trial import TrialPlan, train_trial
 
-#: Settings of a sweep that may change when it is continued.
-MAY_CHANGE = ("sweep.concurrent", "sweep.keep", "sweep.name")
+#: Settings of a sweep that may change when it is continued; of `at_once`, :func:`_check_same` tells more.
+MAY_CHANGE = ("sweep.keep", "sweep.name", "at_once")
+
+#: Where Ray Tune keeps its own state.
+TUNE = "tune"
 
 
 def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Console | None = None) -> dict[str, Any]:
     """Do everything that `jobs/tune.py` promises.
 
     Returns:
-        what ``sweep.json`` holds.
+        what ``sweep.json`` holds; of a dry run, what :func:`ask_ray.experiment.run` returns of one.
 
     Raises:
         SettingsError, StorageError, WeightsError: before the first trial, naming the line of the space or the field.
@@ -44,18 +47,21 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
     """
     console = console or Console()
     checked = _checked(settings, of, file.space, console)
+    if settings.run.dry_run:
+        return experiment.tell_forecast(console, checked.settings, checked.takes)
+    _begin(checked, of, console)
     folder, settings, name = checked.folder, checked.settings, checked.folder.name
     started = time.time()
     with tracking.Recorder(settings, folder, {"sweep": name}) as recorder:
         board = Board(folder, of, recorder, console)
         journal, keeper = Journal.start(f"ask_ray-sweep-{name}")
-        plan = TrialPlan(_recorded(settings), of, folder / "trials", recorder.run_id, journal)
+        plan = TrialPlan(_everywhere(settings), of, folder / "trials", recorder.run_id, journal)
         with Follower(journal, board.heed):
             results = _tuner(plan, checked, journal).fit()
         ray.kill(keeper)
         board.settle(results)
         board.prune()
-        found, table = _finish(checked, of, board, time.time() - started)
+        found, table = _finish(checked, of, board, time.time() - started, console)
         for picture in found["pictures"]:
             recorder.artifact(folder / "pictures", picture, "pictures")
         for kept in ("sweep.json", "sweep.md", *(["best.yaml"] if found["best"] else [])):
@@ -71,18 +77,22 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
 @dataclass(frozen=True)
 class Checked:
     """A sweep that can run: its space, the points that are known before it starts, the settings that all trials share, fitted to
-    the cluster, its folder, and how many trials run at once."""
+    the cluster, its folder, whether it is there already, how many trials run at once, and what a run with the shared settings
+    takes."""
 
     space: Space
     points: list[Point]
     settings: Settings
     folder: Folder
+    continued: bool
     at_once: int
+    takes: Forecast
 
 
 def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Console) -> Checked:
     """Everything that can be known to be wrong is, before the first trial; the corpus is prepared on the way."""
-    search.check_metric(of, settings)
+    search.check_metric(of)
+    _check_own(settings)
     swept.check_bounds(settings)
     points = space.points_of(swept, of)
     towers = _check_towers(settings, swept, points)
@@ -91,16 +101,33 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     storage = Folder.at(settings.run.storage)
     storage.check_writable("run.storage")
     folder = storage / (of.name or time.strftime(f"{Path(swept.file).stem}-%Y%m%d-%H%M%S"))
-    continued = _check_same(folder, swept, of, settings)
     corpus = experiment.prepared(settings, console)
     at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus, search.wanted_at_once(of)))
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories())
-    folder.write("space.yaml", yaml.safe_dump(_told(swept, of, settings), sort_keys=False, allow_unicode=True).encode())
-    trials = f"{search.count(of, points)} trials x {len(of.seeds)} seeds, {at_once} trials at once"
-    begun = "Continuing" if continued else "Starting"
-    console.print(f"{begun} sweep [bold]{folder.name}[/] in {folder}: {trials}", soft_wrap=True)
-    return Checked(swept, points, settings, folder, at_once)
+    begun = _check_same(folder, _told(swept, of, settings), at_once)
+    return Checked(swept, points, settings, folder, begun is not None, begun or at_once, takes)
+
+
+def _begin(checked: Checked, of: SweepSettings, console: Console) -> None:
+    """Write down what the sweep is, and say that it starts."""
+    if not checked.continued:
+        told = {**_told(checked.space, of, checked.settings), "at_once": checked.at_once}
+        checked.folder.write("space.yaml", yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode())
+    trials = f"{search.count(of, checked.points)} trials x {len(of.seeds)} seeds, {checked.at_once} trials at once"
+    begun = "Continuing" if checked.continued else "Starting"
+    console.print(f"{begun} sweep [bold]{checked.folder.name}[/] in {checked.folder}: {trials}", soft_wrap=True)
+
+
+def _check_own(settings: Settings) -> None:
+    """Refuse what a sweep gives its trials itself.
+
+    Raises:
+        SettingsError: naming the setting, and what to set instead.
+    """
+    for setting, instead in (("name", "sweep.name"), ("seed", "sweep.seeds"), ("fork", "nothing: trials start anew")):
+        if getattr(settings.run, setting) != RunSettings.model_fields[setting].default:
+            raise SettingsError(f"run.{setting}: a sweep gives it to its trials itself; set {instead}")
 
 
 def _check_towers(settings: Settings, swept: Space, points: list[Point]) -> Towers:
@@ -116,18 +143,24 @@ def _fitted(settings: Settings) -> Settings:
     """The settings that all trials share, with every share of the cluster filled in for one trial.
 
     Raises:
-        SettingsError: if a trial cannot be scheduled, with the sum; for an elastic run, whose share is no fixed one.
+        SettingsError: if a trial cannot be scheduled, with the sum; for an elastic run, whose share is no fixed one; if trials
+            on several nodes would each be recorded where they run.
     """
     if settings.training.min_workers is not None:
         raise SettingsError("training.min_workers: the trials of a sweep have fixed shares; leave it unset")
+    tracking_ = settings.tracking
+    if tracking_.enabled and not tracking_.uri and len(cluster.memories()) > 1 and Folder.at(settings.run.storage).local is None:
+        raise SettingsError(
+            "tracking.uri: trials run on several nodes, and the default record is a file of each: name an MLflow server, or set "
+            "tracking.enabled to false"
+        )
     return cluster.fitted(with_values(settings, {"training.workers": cluster.workers_of_trial(settings)}))
 
 
-def _recorded(settings: Settings) -> Settings:
-    """The settings of trials, which are recorded where the sweep is."""
-    if not settings.tracking.enabled:
-        return settings
-    return with_values(settings, {"tracking.uri": tracking.uri_of(settings)})
+def _everywhere(settings: Settings) -> Settings:
+    """The settings of trials: they read the corpus and write the record of the sweep, wherever they run."""
+    own = {"data.prepared": Folder.at(settings.data.prepared).uri}
+    return with_values(settings, own | ({"tracking.uri": tracking.uri_of(settings)} if settings.tracking.enabled else {}))
 
 
 def _told(swept: Space, of: SweepSettings, settings: Settings) -> dict[str, Any]:
@@ -138,20 +171,26 @@ def _told(swept: Space, of: SweepSettings, settings: Settings) -> dict[str, Any]
     return {"space": dimensions, "sweep": of.model_dump(mode="json"), **settings.model_dump(mode="json")}
 
 
-def _check_same(folder: Folder, swept: Space, of: SweepSettings, settings: Settings) -> bool:
-    """Whether the sweep exists already.
+def _check_same(folder: Folder, new: dict[str, Any], at_once: int) -> int | None:
+    """How many trials at once the sweep was begun with; None if it is not there yet.
 
     Raises:
-        SettingsError: if the name is that of a run, or of a sweep of another space or other settings, naming them.
+        SettingsError: if the name is that of a run, or of a sweep of another space or other settings, naming them; if there is
+            room for fewer trials than Ray Tune will start at once, because that is what it began with.
     """
     if folder.exists("settings.yaml"):
         raise SettingsError(f"sweep.name: {folder} is a run; choose another sweep.name")
     if not folder.exists("space.yaml"):
-        return False
-    old, new = yaml.safe_load(folder.read("space.yaml")), _told(swept, of, settings)
+        return None
+    old = yaml.safe_load(folder.read("space.yaml"))
     if differing := experiment.differences(old, new, (*MAY_CHANGE, *experiment.MAY_CHANGE)):
         raise SettingsError(f"sweep.name: {folder} is another sweep: {differing}. Choose another sweep.name")
-    return True
+    if at_once < old["at_once"]:
+        raise SettingsError(
+            f"sweep.name: {folder} was begun with {old['at_once']} trials at once, and here is room for {at_once}: continue it "
+            "where there is as much room, or choose another sweep.name"
+        )
+    return int(old["at_once"])
 
 
 def _check_points(swept: Space, settings: Settings, points: list[Point], corpus: Corpus, wanted: int | None) -> int:
@@ -169,27 +208,34 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
             except SettingsError as error:
                 if str(error).startswith(one.key):
                     swept.refuse(one, str(error).removeprefix(f"{one.key} ").removeprefix(f"{one.key}: "))
-    at_once = cluster.trials_at_once(settings, wanted)
+    shares = {_share(settings): settings}
     for made in swept.check_points(settings, points):
+        search.check_reported(made)
         trainer.check(made, corpus)
-        if made.training != settings.training or made.knowledge.pool != settings.knowledge.pool:
-            at_once = min(at_once, cluster.trials_at_once(cluster.fitted(made), wanted))
-    return at_once
+        shares.setdefault(_share(made), made)
+    return min(cluster.trials_at_once(_fitted(made), wanted) for made in shares.values())
+
+
+def _share(settings: Settings) -> str:
+    """What decides how much of a cluster a trial takes."""
+    return f"{settings.ask.enabled} {settings.training!r} {settings.knowledge.pool!r}"
 
 
 def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
     """Ray Tune's tuner: of a sweep that was broken off, the one that it left."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs keep their own records
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # progress is told by the board
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # how much of the search a kill can lose
     trainable = tune.with_resources(tune.with_parameters(train_trial, plan=plan), {"CPU": cluster.TRIAL_CPUS})
     filesystem, path = checked.folder.resolve()
-    if tune.Tuner.can_restore(f"{path}/tune", storage_filesystem=filesystem):
-        return tune.Tuner.restore(f"{path}/tune", trainable, resume_unfinished=True, storage_filesystem=filesystem)
+    epochs = search.longest(plan.settings, checked.space)
+    if _begun(checked.folder / TUNE):
+        return tune.Tuner.restore(f"{path}/{TUNE}", trainable, resume_unfinished=True, storage_filesystem=filesystem)
     return tune.Tuner(
         trainable,
-        **search.config(plan.sweep, checked.space, checked.points, checked.at_once, plan.settings.training.epochs),
+        **search.config(plan.sweep, checked.space, checked.points, checked.at_once, epochs),
         run_config=tune.RunConfig(
-            name="tune",
+            name=TUNE,
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[Watch(journal, plan.sweep.metric)],
@@ -198,15 +244,21 @@ def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
     )
 
 
-def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -> tuple[dict[str, Any], Sheet]:
+def _begun(folder: Folder) -> bool:
+    """Whether Ray Tune kept a state to go on from: it writes it a moment after what it looks for itself, and would take a sweep
+    that was killed in between for another one, of a single trial."""
+    return folder.exists() and any(name.startswith("experiment_state-") for name in folder.names())
+
+
+def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float, console: Console) -> tuple[dict[str, Any], Sheet]:
     """Write ``best.yaml``, the pictures, ``sweep.json`` and ``sweep.md``; its table is the final one."""
     folder, swept = checked.folder, checked.space
     rows = outcome.ranked([*board.rows.values()], of.mode)
-    drawn = pictures.draw(folder, swept, checked.settings, rows, of)
     best, answer = outcome.best_of(rows, of.mode), outcome.verdict(rows, of)
     if best is not None:
         told = "".join(f"# {line}\n" for line in answer)
         folder.write("best.yaml", (told + with_values(checked.settings, best["point"]).to_yaml()).encode())
+    drawn = _drawn(checked, of, rows, console)
     found = {
         "name": folder.name,
         "folder": str(folder),
@@ -223,6 +275,15 @@ def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float) -
     table = outcome.sheet(f"{folder.name}: best first{seeds}", rows, swept.keys, of)
     folder.write("sweep.md", outcome.page(swept.about, answer, table, drawn).encode())
     return found, table
+
+
+def _drawn(checked: Checked, of: SweepSettings, rows: list[outcome.Row], console: Console) -> list[str]:
+    """The pictures; what goes wrong with them must not cost the answer."""
+    try:
+        return pictures.draw(checked.folder, checked.space, checked.settings, rows, of)
+    except Exception as error:
+        console.print(f"[yellow]The pictures could not be drawn[/]: {type(error).__name__}: {error}", soft_wrap=True)
+        return []
 
 
 def _tell(console: Console, found: dict[str, Any], table: Sheet, folder: Folder, recorder: tracking.Recorder) -> None:

@@ -124,7 +124,7 @@ def _train(trial: str, point: Point, plan: TrialPlan) -> None:
                 tags = {PARENT_TAG: plan.parent, TRIAL_TAG: trial, **{key: str(value) for key, value in point.items()}}
                 experiment.run(settings, Console(file=nowhere), told.tell, tags)
             values.append(value_of(folder, plan.sweep.metric))
-    epochs = plan.settings.training.epochs * len(values)
+    epochs = settings.training.epochs * len(values)
     tune.report({plan.sweep.metric: sum(values) / len(values), AGE: epochs + 1, DONE: True})
 
 

@@ -53,7 +53,9 @@ def finish(job: subprocess.Popen) -> str:
 
 
 def test_a_sweep_killed_half_way_and_continued_ends_with_the_same_trials(tmp_path):
-    file, folder = write_space(tmp_path, SPACE, GRID, ASK), tmp_path / "runs/sweep"
+    of = {"algorithm": "optuna", "trials": 6, "early_stopping": True, "grace_epochs": 1, "reduction": 2, "concurrent": 2}
+    ranges = {"ask.rho": {"uniform": [0.2, 0.9]}, "ask.beta": {"choice": [0.0, 0.3]}}
+    file, folder = write_space(tmp_path, ranges, of, ASK), tmp_path / "runs/sweep"
     job = start(file, "sweep")
     until(lambda: len(ended(folder, "finished")) >= 2 and ended(folder, "running"), 300, "two finished trials")
     job.kill()
@@ -64,10 +66,8 @@ def test_a_sweep_killed_half_way_and_continued_ends_with_the_same_trials(tmp_pat
 
     assert "Continuing sweep" in finish(start(file, "sweep"))
     rows = rows_of(folder)
-    assert sorted((row["point"]["ask.rho"], row["point"]["ask.beta"]) for row in rows) == [
-        (rho, beta) for rho in (0.4, 0.6, 0.8) for beta in (0.0, 0.3)
-    ]
-    assert {row["status"] for row in rows} == {"finished"}
+    assert len(rows) == 6
+    assert {row["status"] for row in rows} <= {"finished", "stopped early"}
     after = {row["trial"]: row for row in rows}
     for trial, row in before.items():
         assert after[trial]["values"] == row["values"]

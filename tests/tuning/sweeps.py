@@ -28,11 +28,11 @@ def write_space(home: Path, space: dict[str, Any], sweep: dict[str, Any], settin
     return file
 
 
-def start(file: Path, name: str, *more: str) -> subprocess.Popen:
+def start(file: Path, name: str, *more: str, cwd: Path = ROOT) -> subprocess.Popen:
     """`jobs/tune.py`, in a process group of its own and a Ray session of its own."""
     command = [sys.executable, str(ROOT / "jobs/tune.py"), "--space", str(file), "--sweep.name", name, *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True, cwd=cwd
     )

@@ -1,11 +1,65 @@
 """How Ray Tune is told to search."""
 
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
+
+from ask_ray.config import SettingsError, SweepSettings, load
+from ask_ray.tuning import search
 from ask_ray.tuning.search import within
 from ask_ray.tuning.space import Dimension, Space
+from ask_ray.tuning.trial import AGE
+
+RHO, BETA = Dimension("ask.rho", "uniform", (0.2, 0.9), 2), Dimension("ask.beta", "choice", (0.0, 0.3), 3)
+
+
+@given(epochs=st.integers(2, 30), seeds=st.integers(1, 3), grace=st.integers(1, 8), reduction=st.sampled_from([1.5, 2.0, 3.0]))
+def test_early_stopping_stops_who_is_behind_but_nobody_at_the_end(epochs, seeds, grace, reduction):
+    of = SweepSettings(early_stopping=True, grace_epochs=grace, reduction=reduction, seeds=list(range(seeds)))
+    scheduler = search.config(of, Space("space.yaml", (RHO,)), [], 2, epochs)["tune_config"].scheduler
+    if scheduler is None:
+        assert grace > epochs * seeds - 1
+        return
+    scheduler.set_search_properties("mean_r1", "max")
+    stopped = []
+    for number in range(6):  # each worse than those before it
+        trial = SimpleNamespace(trial_id=str(number))
+        scheduler.on_trial_add(None, trial)
+        for age in range(1, epochs * seeds + 1):
+            decision = scheduler.on_trial_result(None, trial, {AGE: age, "mean_r1": 1.0 - number / 10, "training_iteration": age})
+            if decision == TrialScheduler.STOP:
+                stopped.append(age)
+                break
+    assert stopped
+    assert all(grace <= age < epochs * seeds for age in stopped)
+
+
+def test_what_a_population_may_choose_from_is_a_list_for_ray_tune_and_not_a_range():
+    told = search.config(SweepSettings(algorithm="pbt", trials=2), Space("space.yaml", (RHO, BETA)), [], 2, 4)["tune_config"]
+    assert told.scheduler._hyperparam_mutations["ask.beta"] == [0.0, 0.3]
+
+
+def test_the_longest_run_of_a_space_counts_for_early_stopping():
+    base = load({"training": {"epochs": 5}})
+    assert search.longest(base, Space("space.yaml", (RHO,))) == 5
+    swept = Dimension("training.epochs", "choice", (3, 30), 2)
+    assert search.longest(base, Space("space.yaml", (RHO, swept))) == 30
+
+
+def test_a_metric_is_refused_whose_worst_would_be_the_best():
+    search.check_metric(SweepSettings(metric="t2a_median_rank", mode="min"))
+    search.check_metric(SweepSettings(metric="a2t_r10"))
+    with pytest.raises(SettingsError, match=r"sweep\.mode: is max, but of t2a_median_rank min is better"):
+        search.check_metric(SweepSettings(metric="t2a_median_rank"))
+    with pytest.raises(SettingsError, match=r"sweep\.mode: is min, but of mean_r1 max is better"):
+        search.check_metric(SweepSettings(mode="min"))
 
 
 def test_what_a_population_changes_stays_within_its_range():
-    space = Space("space.yaml", (Dimension("ask.rho", "uniform", (0.2, 0.9), 2), Dimension("ask.beta", "choice", (0.0, 0.3), 3)))
+    space = Space("space.yaml", (RHO, BETA))
     assert within(space, {"ask.rho": 1.08, "ask.beta": 0.3}) == {"ask.rho": 0.9, "ask.beta": 0.3}
     assert within(space, {"ask.rho": 0.16, "ask.beta": 0.0}) == {"ask.rho": 0.2, "ask.beta": 0.0}
     assert within(space, {"ask.rho": 0.5, "ask.beta": 0.0}) == {"ask.rho": 0.5, "ask.beta": 0.0}

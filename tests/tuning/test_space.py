@@ -109,6 +109,11 @@ def test_optuna_proposes_within_the_same_space(ranges):
         ("space:\n  ask.rho: {choice: [0.5, 0.5]}", 2, "names a value twice"),
         ("space:\n  ask.beta: {choice: [0.1], when: {ask.rho: 1}}\n  ask.rho: {choice: [1]}", 2, "stand above"),
         ("space:\n  ask.rho: {choice: [0.5]}\n  ask.beta: {choice: [0.1], when: {ask.rho: 0.6}}", 3, "ask.rho is never 0.6"),
+        ("space:\n  ask.rho: {choice: [0.5]}\n  ask.beta: {choice: [0.1], when: {ask.rho: [0.5, 0.6]}}", 3, "never 0.6"),
+        ("space:\n  ask.rho: {uniform: [0, 1]}\n  ask.beta: {choice: [0.1], when: {ask.rho: 0.5}}", 3, "ask.rho is a range"),
+        ("space:\n  ask.beta: {quniform: [0.05, 0.6, 0.1]}", 2, "multiples of the step 0.1"),
+        ("settings: [training]\nspace:\n  ask.rho: {choice: [1]}", 1, "settings holds ['training']; it maps names"),
+        ("about: x\nsweep: grid\nspace:\n  ask.rho: {choice: [1]}", 2, "sweep holds 'grid'; it maps names"),
         ("space:\n", 1, "space is empty"),
         ("settings: {}\nspace: {}", 2, "space is empty"),
         ("spaces:\n  ask.rho: {choice: [1]}", 1, "spaces is no part of a space file"),
@@ -128,6 +133,18 @@ def test_what_is_wrong_in_a_file_is_refused_with_its_line(tmp_path, text, line, 
 def test_what_is_no_space_file_is_refused(tmp_path, text, message):
     with pytest.raises(SettingsError, match=message):
         read(tmp_path, text)
+
+
+def test_an_error_of_a_setting_in_the_file_names_its_line(tmp_path):
+    text = "sweep:\n  metric: x\nsettings:\n  training:\n    epochs: 0\n    epochs_: 1\nspace:\n  ask.rho: {choice: [1]}"
+    (tmp_path / "space.yaml").write_text(text)
+    made = space.read(str(tmp_path / "space.yaml"))
+    assert made.located("sweep.metric: no run reports x") == f"{made.space.file}:2: sweep.metric: no run reports x"
+    assert made.located("training.epochs: too few").startswith(f"{made.space.file}:5: ")
+    assert made.located("training.epochs is 0").startswith(f"{made.space.file}:5: ")
+    assert made.located("training.epochs_: no such").startswith(f"{made.space.file}:6: ")
+    for elsewhere in ("ask.rho: too much", "sweep.mode: is max", "something else"):
+        assert made.located(elsewhere) == elsewhere
 
 
 def test_a_file_that_is_not_there_is_refused():

@@ -58,6 +58,14 @@ ASK = {"enabled": True, "prototypes": 8}
             {"training": {"epochs": 3, "evaluate_every": 1, "workers": 4, "cpus_per_worker": 1, "batch_size": 16}},
             r"sweep: a trial reserves 0.05 CPU for itself, 4 workers x \(1 CPU .* the cluster's nodes hold 4 CPU",
         ),
+        (
+            {"training.evaluate_every": {"grid": [1, 2]}},
+            GRID,
+            None,
+            "training.evaluate_every is 2: the last of 3 epochs",
+        ),
+        (RHO, GRID, {"run": {"name": "mine"}}, "run.name: a sweep gives it to its trials itself; set sweep.name"),
+        (RHO, GRID, {"run": {"seed": 3}}, "run.seed: .*set sweep.seeds"),
         (RHO, {"algorithm": "pbt", "trials": 64}, None, "pbt trains all of its 64 trials at once, and there is room for"),
     ],
 )
@@ -107,8 +115,40 @@ def test_a_sweep_lives_on_object_storage_and_is_continued_there(ray_session, s3,
     assert all("result.json" in names for names in files.values())
     kept = [name for name, names in files.items() if any(file.startswith("checkpoint_") for file in names)]
     assert kept == [f"{found['best']['trial']}-seed-0"]
+    ghost = {**found["trials"][0], "trial": "ghost", "status": "running"}  # begun a moment before a kill, unknown to Ray Tune
+    place.write_json("sweep.json", {"trials": [*found["trials"], ghost]})
+    (place / "trials/ghost-seed-0/checkpoint_1").write("model.safetensors", b"weights")
     again = begin(tmp_path, RHO, {**GRID, "name": "far"}, settings)
     assert again["trials"] == found["trials"]
+    assert "ghost-seed-0" not in (place / "trials").names()
+
+
+def test_a_dry_run_tells_what_a_trial_takes_and_leaves_nothing(home, ray_session):
+    found = begin(home, RHO, {**GRID, "name": "dry"}, {"run": {"storage": str(home / "runs"), "dry_run": True}})
+    assert found["dry_run"]
+    assert found["clips"] == 64
+    assert not (home / "runs/dry").exists()
+
+
+def test_a_sweep_is_not_continued_with_less_room_than_it_began_with(home, ray_session):
+    place = Folder.at(str(home / "runs/roomy"))
+    of = {**GRID, "name": "roomy"}
+    begun = space.read(str(write_space(home, RHO, of)))
+    checked = sweep._checked(load(begun.settings), SweepSettings.model_validate(of), begun.space, Console(quiet=True))
+    sweep._begin(checked, SweepSettings.model_validate(of), Console(quiet=True))
+    told = yaml.safe_load(place.read("space.yaml"))
+    place.write("space.yaml", yaml.safe_dump({**told, "at_once": 100}).encode())
+    with pytest.raises(SettingsError, match=r"sweep.name: .*begun with 100 trials at once, and here is room for \d+"):
+        begin(home, RHO, of)
+
+
+def test_a_sweep_that_was_killed_before_ray_tune_kept_anything_begins_anew(tmp_path):
+    place = Folder.at(str(tmp_path))
+    assert not sweep._begun(place / "tune")
+    (place / "tune").write("tuner.pkl", b"")
+    assert not sweep._begun(place / "tune")
+    (place / "tune").write("experiment_state-2026.json", b"{}")
+    assert sweep._begun(place / "tune")
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +156,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A sweep of 12 trials on two CPUs, a quarter of which diverge, with early stopping: its folder and what it printed."""
     home = tmp_path_factory.mktemp("swept")
     rates = {"training.learning_rate": {"grid": [1e-3, 3e-3, 1e-2, 1e30]}, "model.temperature": {"grid": [0.05, 0.07, 0.1]}}
-    file = write_space(home, rates, {**GRID, "early_stopping": True, "grace_epochs": 1, "reduction": 2, "concurrent": 2})
-    job = start(file, "sweep")
+    own = {"run": {"storage": "runs"}, "data": {**QUICK["data"], "prepared": "prepared"}}  # relative, as people give them
+    of = {**GRID, "early_stopping": True, "grace_epochs": 1, "reduction": 2, "concurrent": 2}
+    job = start(write_space(home, rates, of, own), "sweep", cwd=home)
     told, _ = job.communicate(timeout=540)
     assert job.returncode == 0, told
     return home / "runs/sweep", told
@@ -138,6 +179,13 @@ def test_twelve_trials_with_early_stopping_come_to_an_end(swept):
     page = (folder / "sweep.md").read_text()
     assert found["verdict"][0] in page
     assert all(row["trial"] in page for row in rows)
+
+
+def test_all_trials_read_one_prepared_corpus(swept):
+    folder = swept[0]
+    (corpus,) = (folder.parents[1] / "prepared").iterdir()
+    read = {json.loads(file.read_text())["place"]["corpus"] for file in folder.glob("trials/*/checkpoint_*/state.json")}
+    assert read == {str(corpus)}
 
 
 def test_a_failed_trial_is_recorded_with_its_reason(swept):
