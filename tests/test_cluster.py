@@ -159,8 +159,10 @@ def test_trials_are_counted_by_the_nodes_on_which_their_parts_may_run(monkeypatc
     monkeypatch.setattr(ray, "nodes", lambda: [*trains, encodes])
     training = {"workers": 1, "cpus_per_worker": 2.0, "device": "cpu"}
     free, bound = of(training), of({**training, "node_resource": "train"}, {"node_labels": {"ask_ray": "encoder"}})
-    assert cluster.trials_at_once(bound, None) == 4
-    assert cluster.trials_at_once(free, None) > 4
+    assert (
+        cluster.trials_at_once(bound, None) == 3
+    )  # a fourth would need all of the 8 CPUs that the trials themselves take some of
+    assert cluster.trials_at_once(free, None) > 20
     monkeypatch.setattr(ray, "nodes", lambda: [*trains, {**encodes, "Resources": {"CPU": 0.0}}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     with pytest.raises(SettingsError, match=r"^sweep: a trial reserves"):
