@@ -23,7 +23,7 @@ from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import Rejection, usable_pixels, usable_waveform
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.encoding import batches_of_captions
-from ask_ray.knowledge.snapshot import Snapshot
+from ask_ray.knowledge.snapshot import TRAIN, Snapshot
 from ask_ray.knowledge.sources import sources_of
 from ask_ray.modality import THINGS, WAYS, Modality
 from ask_ray.models import dual_encoder
@@ -93,7 +93,8 @@ def evaluate(
 
     Returns:
         what a JSON file holds: `run`, `corpus`, `split`, `interaction`, `bootstrap`; `final`: `t2a` and `a2t` as
-        :func:`ask_ray.training.evaluation.told` gives them; the same as `transductive`, and `rare`, if asked for.
+        :func:`ask_ray.training.evaluation.told` gives them; the same as `transductive`, and `rare`, if asked for; on another
+        corpus than the run's own `seen`, the ids of its clips that the run trained on or kept in its knowledge base.
     """
     console = console or Console()
     files = tables.places(write)
@@ -118,8 +119,33 @@ def evaluate(
         trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train"))
         found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
     title = f"{opened.place.name} on {split} of {on.folder.name}"
+    if on.folder != Folder.at(opened.stood.corpus):
+        found["seen"] = _seen(opened, on, split)
+        if found["seen"]:
+            title += f", of which it has SEEN {len(found['seen'])} {THINGS[opened.modality]}"
     _give(_retrieval_report(found, title, opened.modality), files, console)
+    if found.get("seen"):
+        console.print(
+            f"[red]The figures are too high[/]: {len(found['seen'])} of the {on.clips(split)} {THINGS[opened.modality]}, such as "
+            f"{found['seen'][0]!r}, were trained on or stand in the knowledge base (same id, source id or samples). Prepare what "
+            f"is trained on with --data.held_out '[{on.folder}]'",
+            soft_wrap=True,
+        )
     return found
+
+
+def _seen(opened: OpenedRun, on: Corpus, split: str) -> list[str]:
+    """The ids of a split's clips that the run trained on or kept in its knowledge base, by id, source id or digest."""
+    of = on.identities(split)
+    seen: set[str] = set()
+    knowledge = opened.settings.knowledge.sources if opened.settings.ask.enabled else ()
+    for source in sources_of(list(dict.fromkeys([TRAIN, *knowledge])), opened.stood.corpus):
+        known = Corpus.open(source.corpus).identities(source.split)
+        ids, source_ids, digests = {*known.ids}, {*known.source_ids} - {None}, {*known.digests}
+        for clip, source_id, digest in zip(*of, strict=True):
+            if clip in ids or source_id in source_ids or digest in digests:
+                seen.add(clip)
+    return sorted(seen)
 
 
 def _corpus_of(opened: OpenedRun, corpus: str | None, split: str) -> Corpus:

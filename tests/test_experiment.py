@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,19 @@ def test_evaluating_the_checkpoint_gives_the_run_s_figures_in_every_form(sync_ru
     assert {row["ranking"] for row in rows} == {"cosine", "transductive (Sinkhorn over the whole test set)"}
     assert float(rows[0]["r10"]) == figures["final"]["t2a"]["r10"]
     assert len(rows) == 4 + 2 * len(figures["rare"]["buckets"])
+
+
+def test_clips_of_another_corpus_that_a_run_has_seen_are_told(sync_run: dict, tmp_path: Path) -> None:
+    state = next(Path(sync_run["folder"]).glob("checkpoint_*/state.json"))
+    other, said = tmp_path / "other", io.StringIO()
+    shutil.copytree(json.loads(state.read_text())["place"]["corpus"], other)
+    console = Console(file=said, width=200)
+    assert inspection.evaluate(sync_run["folder"], str(other), "test", console=console)["seen"] == []
+    assert "too high" not in said.getvalue()
+    found = inspection.evaluate(sync_run["folder"], str(other), "train", [str(tmp_path / "t.md")], console=console)
+    assert len(found["seen"]) == 128
+    assert "The figures are too high: 128 of the 128 clips" in said.getvalue()
+    assert "SEEN 128 clips" in (tmp_path / "t.md").read_text()
 
 
 def test_labelled_sounds_are_classified_by_a_run(sync_run: dict, esc50: Path, tmp_path: Path) -> None:
