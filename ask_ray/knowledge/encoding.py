@@ -150,7 +150,7 @@ class Encoder:
         self.device = torch.device("cuda" if plan.pool.gpus else "cpu")
         self.plan, self.units = plan, units(plan)
         self.rate = self.units[0].corpus.sample_rate
-        self.model = registry.build(plan.model, self.rate)
+        self.model = registry.build(plan.model, self.rate, read=False)
         self.model.load_state_dict(ray.get(weights[0]))
         self.model.to(self.device).eval()
 

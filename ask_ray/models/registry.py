@@ -15,26 +15,25 @@ from ask_ray.models.text_towers import TextTower, TinyText
 from ask_ray.models.weights import fit, load_tensors, published_tensors
 
 
-def _resnet38(model: ModelSettings) -> AudioTower:
-    if model.audio_weights is None:
-        return ResNet38(model.width, model.freq_mask, model.time_mask)
-    tower = ResNet38(1.0, model.freq_mask, model.time_mask)
-    fit(tower, load_tensors(model.audio_weights), ResNet38.IGNORE, f"model.audio_weights: {model.audio_weights}")
+def _resnet38(model: ModelSettings, read: bool) -> AudioTower:
+    weights = model.audio_weights
+    tower = ResNet38(model.width if weights is None else 1.0, model.freq_mask, model.time_mask)
+    if weights is not None and read:
+        fit(tower, load_tensors(weights), ResNet38.IGNORE, f"model.audio_weights: {weights}")
     return tower
 
 
-def _ced(model: ModelSettings) -> AudioTower:
-    size = model.audio.removeprefix("ced-")
-    if model.audio_weights is None:
-        return ced.Ced(size, model.width, model.freq_mask, model.time_mask)
-    tower = ced.Ced(size, 1.0, model.freq_mask, model.time_mask)
-    tensors = ced.published_names(published_tensors(model.audio_weights))
-    fit(tower, tensors, ced.Ced.IGNORE, f"model.audio_weights: {model.audio_weights}")
+def _ced(model: ModelSettings, read: bool) -> AudioTower:
+    weights = model.audio_weights
+    width = model.width if weights is None else 1.0
+    tower = ced.Ced(model.audio.removeprefix("ced-"), width, model.freq_mask, model.time_mask)
+    if weights is not None and read:
+        fit(tower, ced.published_names(published_tensors(weights)), ced.Ced.IGNORE, f"model.audio_weights: {weights}")
     return tower
 
 
-def audio_tower(model: ModelSettings, sample_rate: int) -> AudioTower:
-    """The tower that `model.audio` names, for waveforms of `sample_rate` Hz; errors as for :func:`build`."""
+def audio_tower(model: ModelSettings, sample_rate: int, read: bool = True) -> AudioTower:
+    """The tower that `model.audio` names, for waveforms of `sample_rate` Hz; `read` and errors as for :func:`build`."""
     if model.audio == "tiny":
         _no_weights("audio", model.audio, model.audio_weights)
         return TinyAudio(sample_rate, model.width, model.dropout, model.freq_mask, model.time_mask)
@@ -42,7 +41,7 @@ def audio_tower(model: ModelSettings, sample_rate: int) -> AudioTower:
         _no_weights("audio", model.audio, model.audio_weights)
         tower: AudioTower = HfAudio(model.audio.removeprefix(HF), model.audio_pooling)
     else:
-        tower = _resnet38(model) if model.audio == "resnet38" else _ced(model)
+        tower = (_resnet38 if model.audio == "resnet38" else _ced)(model, read)
     if tower.sample_rate != sample_rate:
         raise SettingsError(
             f"data.sample_rate is {sample_rate} but model.audio={model.audio} hears {tower.sample_rate} Hz: "
@@ -77,12 +76,14 @@ def _no_weights(side: str, name: str, weights: str | None) -> None:
         raise SettingsError(f"model.{side}_weights is {weights}, but model.{side}={name} {why}: unset one of them")
 
 
-def build(model: ModelSettings, sample_rate: int | None) -> DualEncoder:
+def build(model: ModelSettings, sample_rate: int | None, read: bool = True) -> DualEncoder:
     """The dual encoder of these settings, in training mode on the CPU; seed PyTorch first to repeat its weights.
 
     Args:
         model: names, sizes and weights of the towers.
         sample_rate: Hz of the waveforms it will be given; None: it will be given pictures.
+        read: whether to read the audio tower's published file, `model.audio_weights`; it need not be there for a model whose
+            weights a checkpoint holds.
 
     Raises:
         SettingsError: if settings contradict each other; the message names the field and the fix.
@@ -92,7 +93,7 @@ def build(model: ModelSettings, sample_rate: int | None) -> DualEncoder:
         raise SettingsError(f"model.freq_mask is {model.freq_mask} but features have {TINY_MEL.mels} mels: lower it")
     modality: Modality = "image" if sample_rate is None else "audio"
     _check_read(model, modality)
-    tower = image_tower(model) if sample_rate is None else audio_tower(model, sample_rate)
+    tower = image_tower(model) if sample_rate is None else audio_tower(model, sample_rate, read)
     text, widths = text_tower(model), None
     if model.interaction == "late":
         widths = _tokens(modality, model.tower(modality), tower.token_width), _tokens("text", model.text, text.token_width)

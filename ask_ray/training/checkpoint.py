@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ask_ray import config
 from ask_ray.config import Settings, UserError
-from ask_ray.data.corpus import Corpus
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder
@@ -182,7 +181,7 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
     with _whole(folder):
         document = (folder / "settings.yaml").read_text(encoding="utf-8")
     settings = config.load(document, str(folder / "settings.yaml"))
-    model = registry.build(settings.model, Corpus.open(place.corpus).sample_rate)
+    model = registry.build(settings.model, settings.data.form.sample_rate, read=False)
     with _whole(folder):
         model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval(), settings, place

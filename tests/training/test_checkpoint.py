@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ask_ray.config import Settings, UserError, load
+from ask_ray.config import Settings, UserError, load, with_values
 from ask_ray.data.batches import Batch
 from ask_ray.data.schema import FORMAT, SPLITS
 from ask_ray.models import registry
+from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder
 from ask_ray.training import checkpoint
 from ask_ray.training.checkpoint import CheckpointError, Place
@@ -20,6 +21,7 @@ from ask_ray.training.step import Stepper
 RATE, PER_EPOCH = 8000, 6
 SETTINGS = load(
     {
+        "data": {"sample_rate": RATE},
         "model": {"width": 0.1, "dim": 8, "dropout": 0.3},
         "ask": {"enabled": False},
         "training": {"epochs": 2, "learning_rate": 0.01, "warmup_share": 0.25},
@@ -183,6 +185,20 @@ def test_the_model_of_a_checkpoint_is_the_one_that_was_saved(trained, corpus, tm
     saved = load_file(trained[0] / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert isinstance(settings, Settings)
+
+
+def test_a_checkpoint_is_opened_though_the_published_weights_that_it_began_with_are_gone(trained, tmp_path):
+    folder = copied(trained[0], tmp_path / "checkpoint_b")
+    told = with_values(SETTINGS, {"data.sample_rate": 16000, "model.audio": "ced-tiny", "model.audio_weights": "gone.pt"})
+    torch.manual_seed(3)
+    with pytest.raises(WeightsError, match=r"gone\.pt"):
+        registry.build(told.model, 16000)
+    made = registry.build(told.model, 16000, read=False)
+    (folder / "settings.yaml").write_text(told.to_yaml())
+    save_file(made.state_dict(), folder / "model.safetensors")
+    opened, settings, _ = checkpoint.open_model(folder)
+    assert settings.model.audio_weights == "gone.pt"
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in opened.state_dict().items())
 
 
 # --- damage ---
