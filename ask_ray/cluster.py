@@ -132,6 +132,20 @@ def _placed(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
     return True
 
 
+def check_whole_cpu(what: str) -> None:
+    """Refuse what takes a whole CPU for each task where no node has one: such tasks would wait for ever.
+
+    Raises:
+        SettingsError: beginning with `what`.
+    """
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if largest < 1:
+        raise SettingsError(
+            f"{what} takes a whole CPU for each task, and no live node of the cluster has one (the largest has {largest:g}): add "
+            "a node with CPUs, or start Ray with more (--num-cpus)"
+        )
+
+
 def memories() -> list[float]:
     """Bytes of memory of each live node, as Ray counts it."""
     return [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]

@@ -193,7 +193,7 @@ class DataSettings(Section):
     keep_seconds: float = Field(
         300.0, gt=0, le=600, description="longer recordings are cut to their first so many seconds when prepared; bounds memory"
     )
-    max_rejected: Share = Field(0.1, description="refuse a corpus of which a larger share could not be used")
+    max_rejected: Share = Field(0.1, description="refuse a corpus, new or prepared, of which a larger share could not be used")
     held_out: list[str] = Field(
         [],
         description="prepared corpora, by folder or URI, whose validation and test clips are kept out of this one's training "

@@ -87,6 +87,7 @@ def run(
     _check_fork(settings)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
+    _tell_untested(console, settings, corpus)
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, trainer.workers_of(settings), cluster.memories())
     if settings.run.dry_run:
@@ -307,6 +308,20 @@ def _result(
     }
 
 
+def _tell_untested(console: Console, settings: Settings, corpus: Corpus) -> None:
+    """Say, before training, that there is no test split to evaluate on at the end, and how to get one."""
+    if corpus.clips("test"):
+        return
+    name = settings.data.corpus
+    own = hasattr(getattr(settings.data, name), "test")
+    how = f"hold clips out with data.{name}.test" if own else "add its list"
+    console.print(
+        f"[yellow]No test split[/]: {corpus.folder} has none, and the run will end without test figures; {how}, or evaluate the "
+        "run on another corpus",
+        soft_wrap=True,
+    )
+
+
 def tell_forecast(console: Console, settings: Settings, takes: Forecast) -> dict[str, Any]:
     """What a dry run ends with, told and returned."""
     training, refresh, modality = settings.training, settings.knowledge.refresh, settings.data.modality
@@ -328,8 +343,16 @@ def tell_forecast(console: Console, settings: Settings, takes: Forecast) -> dict
 
 def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: list[str], recorder: tracking.Recorder) -> None:
     """The final table, and where everything is."""
-    figures = {"": result["final"], ", injected": result["final_injected"]}
-    console.print(tables.retrieval(f"{place.name}: retrieval on the test split", figures, result["modality"]).rich())
+    folder = shlex.quote(str(place.folder))
+    if result["final"]:
+        figures = {"": result["final"], ", injected": result["final_injected"]}
+        console.print(tables.retrieval(f"{place.name}: retrieval on the test split", figures, result["modality"]).rich())
+    else:
+        console.print(
+            f"No test figures: the corpus has no test split. python jobs/evaluate.py {folder} --corpus PREPARED evaluates on "
+            "another corpus",
+            soft_wrap=True,
+        )
     console.print(
         f"{result['steps']} steps in {result['training_seconds']:.0f} s ({result['steps_per_second']:.2f} steps/s), "
         f"{len(result['refreshes'])} knowledge-base versions swapped in, {result['seconds']:.0f} s in all"
@@ -339,4 +362,4 @@ def _tell(console: Console, result: dict[str, Any], place: RunPlace, pictures: l
     if recorder.where:
         console.print(f"MLflow    {recorder.where}")
     query = "a dog barks" if result["modality"] == "audio" else "a dog on a beach"
-    console.print(f'Next      python jobs/search.py --run {shlex.quote(str(place.folder))} "{query}"', soft_wrap=True)
+    console.print(f'Next      python jobs/search.py --run {folder} "{query}"', soft_wrap=True)

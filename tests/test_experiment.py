@@ -573,6 +573,21 @@ def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: 
         experiment.run(settings, quiet())
 
 
+def test_a_corpus_without_a_test_split_is_trained_on_and_the_run_says_that_it_has_no_test_figures(
+    ray_session: None, home: Path
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    settings = settings_of(home, run={"name": "untested"}, data={"soundscapes": {"test": 0}}, training={"epochs": 1})
+    result = experiment.run(settings, console)
+    assert (result["epochs"], result["final"], result["final_injected"]) == (1, {}, {})
+    assert json.loads((Path(result["folder"]) / "result.json").read_text()) == result
+    told = console.file.getvalue()
+    before, after = told.split("epoch   1/1")
+    assert "the run will end without test figures; hold clips out with data.soundscapes.test, or" in before
+    assert "No test figures: the corpus has no test split" in after
+    assert "retrieval on the test split" not in told
+
+
 def test_weights_that_do_not_fit_are_refused_before_a_corpus_is_prepared(ray_session: None, tmp_path: Path) -> None:
     save_file({"conv9.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     settings = settings_of(

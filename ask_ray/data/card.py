@@ -120,7 +120,7 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     yield "## Settings"
     yield ""
     own = settings[manifest["corpus"]]
-    told = {name: settings[name] for name in (*KEPT[manifest["modality"]].settings, "shard_clips", "max_rejected")}
+    told = {name: settings[name] for name in (*KEPT[manifest["modality"]].settings, "shard_clips")}
     told |= {f"{manifest['corpus']}.{name}": value for name, value in own.items()}
     yield from table(("setting", "value"), [(f"`data.{name}`", value) for name, value in told.items()])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ask_ray.data.schema import UnusableClip
+from ask_ray.data.schema import MISSING, UnusableClip
 
 
 def is_there(path: Path) -> bool:
@@ -22,6 +22,6 @@ def present(path: Path) -> None:
         UnusableClip: if the file is missing or empty.
     """
     if not is_there(path):
-        raise UnusableClip("missing file", f"{path} is not there")
+        raise UnusableClip(MISSING, f"{path} is not there")
     if path.stat().st_size == 0:
         raise UnusableClip("empty", f"{path} holds no bytes")

@@ -13,7 +13,8 @@ from ask_ray.config import FolderSettings, SettingsError
 from ask_ray.data import lists
 from ask_ray.data.files import is_there
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, texts
-from ask_ray.data.schema import NO_CAPTION, SPLITS
+from ask_ray.data.schema import MISSING, NO_CAPTION, SPLITS
+from ask_ray.modality import Modality
 from ask_ray.storage import digest_file
 
 
@@ -27,6 +28,8 @@ class Media(NamedTuple):
 
 RECORDINGS = Media("recording", (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".webm"))
 PICTURES = Media("picture", (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2"))
+
+MEDIA: dict[Modality, Media] = {"audio": RECORDINGS, "image": PICTURES}
 
 _MANIFESTS = ("captions", "manifest")
 
@@ -63,6 +66,11 @@ class Tree:
                 self._found.setdefault((self._section(path), self._stem(path.name)), []).append(path)
             else:
                 self._others.append(path)
+
+    @property
+    def held(self) -> int:
+        """How many recordings or pictures there are."""
+        return sum(map(len, self._found.values()))
 
     def lists(self, ending: str) -> list[Path]:
         """Files with an ending of lists, such as `.csv`, in any case."""
@@ -106,8 +114,8 @@ class Tree:
     ) -> Row:
         """A row whose recording or picture is looked for under several names; that it is missing is its problem."""
         path = self.find(section, *names) if clip else None
-        problem = "no file name" if not clip else "missing file" if path is None else None
-        detail = f"looked below {self.root} for {', '.join(names)}" if problem == "missing file" else ""
+        problem = "no file name" if not clip else MISSING if path is None else None
+        detail = f"looked below {self.root} for {', '.join(names)}" if problem == MISSING else ""
         return Row(clip, path or self.root / names[0], texts(captions), split, source_id, problem=problem, detail=detail)
 
     def origin(self, layout: str, used: Sequence[Path]) -> dict[str, Any]:
@@ -122,10 +130,9 @@ class Tree:
         """The error that the folder holds another thing than the corpus, with what is there."""
         there = sorted(path.name + ("/" if path.is_dir() else "") for path in self.root.iterdir())
         told = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
-        held = sum(map(len, self._found.values()))
         return SettingsError(
             f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {told}, with "
-            f"{held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
+            f"{self.held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
         )
 
     def _section(self, path: Path) -> str | None:
@@ -164,29 +171,25 @@ def manifest_rows(settings: FolderSettings, named: Named) -> Iterator[Row]:
         raise SettingsError(f"{named.folder}: {root} is not a folder; give the folder that holds the recordings")
     table = _read_manifest(_manifest_path(root, settings.manifest, named), named)
     for row in table.to_pylist():
-        yield _manifest_row(row, _audio_root(root, row.get("file_name")))
-
-
-def _audio_root(root: Path, name: object) -> Path:
-    """The folder that a relative file name starts from: the corpus's own, or its `audio` folder."""
-    inner = root / "audio"
-    if not isinstance(name, str) or is_there(root / name.strip()):
-        return root
-    return inner if is_there(inner / name.strip()) else root
+        yield _manifest_row(row, root)
 
 
 def _manifest_row(row: dict[str, Any], root: Path) -> Row:
     name = str(row.get("file_name") or "").strip()
+    places = (root / name, root / "audio" / name)
+    path = next((place for place in places if is_there(place)), None)
     identity = name if row.get("id") in (None, "") else str(row["id"])
     given = str(row.get("split") or "").strip().lower()
     split = SPLIT_WORDS.get(given, given) or None
-    problem = None
+    problem, detail = None, ""
     if not name:
         problem = "no file name"
     elif split is not None and split not in SPLITS:
         problem = "unknown split"
+    elif path is None:
+        problem, detail = MISSING, f"looked for {' and '.join(dict.fromkeys(map(str, places)))}"
     source = str(row.get("source_id") or "").strip() or None
-    return Row(identity, root / name, texts(lists.captions_of(row)), split, source, problem=problem)
+    return Row(identity, path or places[0], texts(lists.captions_of(row)), split, source, problem=problem, detail=detail)
 
 
 def _manifest_path(root: Path, given: str | None, named: Named) -> Path:

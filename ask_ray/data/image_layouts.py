@@ -17,7 +17,7 @@ from typing import Any
 from ask_ray.config import CocoSettings, FlickrSettings, SettingsError
 from ask_ray.data.folders import PICTURES, Tree
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row
-from ask_ray.data.schema import NO_CAPTION, SPLITS
+from ask_ray.data.schema import MISSING, NO_CAPTION, SPLITS
 
 COCO, FLICKR30K = "data.coco.path", "data.flickr30k.path"
 
@@ -107,7 +107,7 @@ def _rows_2017(tree: Tree, path: Path, split: str | None) -> Iterator[Row]:
     for number in captions:
         if number not in listed:
             detail = f"{path.name} has captions of it, and does not list it"
-            yield Row(_coco_id(number), path, (), split, problem="missing file", detail=detail)
+            yield Row(_coco_id(number), path, (), split, problem=MISSING, detail=detail)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -21,12 +21,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from ask_ray import cluster
 from ask_ray.config import DataSettings, SettingsError, UserError
 from ask_ray.data import card
 from ask_ray.data.corpora import Shard, Source, source_of
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.folders import MEDIA, Tree
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.schema import FORMAT, HELD_OUT, KEPT, LEAKS, REJECTED, ROW_GROUP, SPLITS, UNBLAMED, Clip, Picture, Rejection
+from ask_ray.data.schema import (
+    FORMAT,
+    HELD_OUT,
+    KEPT,
+    LEAKS,
+    MISSING,
+    REJECTED,
+    ROW_GROUP,
+    SPLITS,
+    UNBLAMED,
+    Clip,
+    Picture,
+    Rejection,
+)
 from ask_ray.modality import THINGS, Modality
 from ask_ray.storage import Folder, digest_bytes, masked
 
@@ -45,7 +60,9 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         progress: called with the clips done and all clips.
 
     Raises:
-        SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot.
+        SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot, also of a corpus that
+            was prepared under a laxer `data.max_rejected`; if no node can run a task. What shows without decoding is refused
+            before anything is decoded.
         StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written.
         PreparingFailed: if a task fails; what is finished is kept.
     """
@@ -54,18 +71,22 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
     home = Folder.at(data.prepared)
     folder = home / f"{data.corpus}-{_fingerprint(data, source, held_out)}"
     home.check_readable("data.prepared")
-    if not folder.exists("manifest.json"):
-        home.check_writable("data.prepared")
-        shards = source.shards()
-        _refuse_empty(data, shards, source)
-        try:
-            written = _write_all(data, source, folder, shards, held_out, progress)
-        except ray.exceptions.RayError as error:
-            raise PreparingFailed(
-                f"data.prepared: preparing {folder} stopped: {_innermost(error)}. Finished files are kept: once the cause is "
-                "mended, the same command goes on from there"
-            ) from error
-        _write_manifest(data, folder, source, written)
+    if folder.exists("manifest.json"):
+        corpus = Corpus.open(folder.uri)
+        _check_share(data, source, folder, corpus.rejected())
+        return corpus
+    home.check_writable("data.prepared")
+    cluster.check_whole_cpu("data.prepared: preparing")
+    shards = source.shards()
+    _check_plan(data, source, folder, shards)
+    try:
+        written = _write_all(data, source, folder, shards, held_out, progress)
+    except ray.exceptions.RayError as error:
+        raise PreparingFailed(
+            f"data.prepared: preparing {folder} stopped: {_innermost(error)}. Finished files are kept: once the cause is "
+            "mended, the same command goes on from there"
+        ) from error
+    _write_manifest(data, folder, source, written)
     return Corpus.open(folder.uri)
 
 
@@ -78,15 +99,52 @@ def _innermost(error: BaseException) -> str:
 
 def _fingerprint(data: DataSettings, source: Source, held_out: HeldOut) -> str:
     """Twelve hexadecimal digits that change with whatever changes the prepared files."""
-    used = {*KEPT[data.modality].settings, "shard_clips", "corpus", data.corpus}
-    values = json.dumps(data.model_dump(mode="json", include=used), sort_keys=True)
+    values = json.dumps(_used(data), sort_keys=True)
     return hashlib.blake2b(f"{FORMAT} {values} {source.key()} {held_out.key()}".encode(), digest_size=6).hexdigest()
 
 
-def _refuse_empty(data: DataSettings, shards: list[Shard], source: Source) -> None:
+def _used(data: DataSettings) -> dict[str, Any]:
+    """The settings that change the prepared files, but for what is held out."""
+    return data.model_dump(mode="json", include={*KEPT[data.modality].settings, "shard_clips", "corpus", data.corpus})
+
+
+def _check_plan(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]) -> None:
+    """Refuse what is too little before anything is decoded. What planning sets aside is written first, so that it can be read."""
+    early = source.early_rejections()
+    if early:
+        (folder / "rejected").write("planning.parquet", _parquet(early))
+    reasons = Counter(rejection.reason for rejection in early)
     if not any(shard.split == "train" for shard in shards):
-        problems = Counter(rejection.reason for rejection in source.early_rejections())
-        raise SettingsError(f"data.{data.corpus}: no clip is left for the training split ({dict(problems) or 'none given'})")
+        told = f"{dict(reasons)}{_looked_for(source)}; see {folder / 'rejected'}" if early else "none given"
+        raise SettingsError(f"data.{data.corpus}: no clip is left for the training split: {told}")
+    _check_share(data, source, folder, reasons)
+
+
+def _check_share(data: DataSettings, source: Source, folder: Folder, reasons: Mapping[str, int]) -> None:
+    """Refuse a corpus of which more cannot be used than `data.max_rejected` allows."""
+    if sum(_blamed(reasons).values()) > data.max_rejected * source.recordings():
+        told = _set_aside(source, folder, reasons)
+        raise SettingsError(f"data.max_rejected is {data.max_rejected}: {told}; repair them or raise data.max_rejected")
+
+
+def _blamed(reasons: Mapping[str, int]) -> dict[str, int]:
+    return {reason: count for reason, count in sorted(reasons.items()) if reason not in UNBLAMED}
+
+
+def _set_aside(source: Source, folder: Folder, reasons: Mapping[str, int]) -> str:
+    blamed = _blamed(reasons)
+    counts = f"{sum(blamed.values())} of {source.recordings()} {THINGS[source.modality]} were set aside ({blamed})"
+    return f"{counts}{_looked_for(source)}; see {folder / 'rejected'}"
+
+
+def _looked_for(source: Source) -> str:
+    """Of missing files one as an example, and how many files there are; empty if none is missing."""
+    missing = next((one for one in source.early_rejections() if one.reason == MISSING), None)
+    if missing is None:
+        return ""
+    where, media = source.origin()["folder"], MEDIA[source.modality]
+    held = Tree(where, where, media=media).held
+    return f"; for example {missing.id!r}: {missing.detail}; below {where} are {held} {media.name}s"
 
 
 def _write_all(
@@ -249,18 +307,12 @@ def _parquet(rejected: list[Rejection]) -> bytes:
 def _write_manifest(data: DataSettings, folder: Folder, source: Source, written: list[dict[str, Any]]) -> None:
     """Publish the corpus with its data card, unless too little of it is usable."""
     early = source.early_rejections()
-    if early:
-        (folder / "rejected").write("planning.parquet", _parquet(early))
     reasons = Counter(rejection.reason for rejection in early)
     for row in written:
         reasons.update(row["reasons"])
-    blamed = {reason: count for reason, count in sorted(reasons.items()) if reason not in UNBLAMED}
-    rejected = sum(blamed.values())
-    told = f"{rejected} of {source.recordings()} {THINGS[data.modality]} were set aside ({blamed}); see {folder / 'rejected'}"
     if not any(row["clips"] for row in written if row["split"] == "train"):
-        raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {told}")
-    if rejected > data.max_rejected * source.recordings():
-        raise SettingsError(f"data.max_rejected is {data.max_rejected}: {told}; repair them or raise data.max_rejected")
+        raise SettingsError(f"data.{data.corpus}: nothing is left to train on: {_set_aside(source, folder, reasons)}")
+    _check_share(data, source, folder, reasons)
     leaks = [vars(one) for one in early if one.reason in LEAKS]
     leaks += chain.from_iterable(row["leaks"] for row in sorted(written, key=lambda row: row["name"]))
     manifest = {
@@ -272,8 +324,7 @@ def _write_manifest(data: DataSettings, folder: Folder, source: Source, written:
         "splits": {split: _summary([row for row in written if row["split"] == split], data.modality) for split in SPLITS},
         "rejected": dict(sorted(reasons.items())),
         "leaks": leaks[: card.EXAMPLES],
-        "settings": data.model_dump(mode="json")
-        | {"prepared": masked(data.prepared), "held_out": list(map(masked, data.held_out))},
+        "settings": _used(data) | {"held_out": list(map(masked, data.held_out))},
     }
     folder.write("card.md", card.render(manifest).encode())
     folder.write_json("manifest.json", manifest)

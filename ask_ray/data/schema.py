@@ -88,6 +88,9 @@ REJECTED = pa.schema(
     ]
 )
 
+#: The reason of a row whose file is not there.
+MISSING = "missing file"
+
 #: Reasons that say nothing about a clip's quality; they do not count against `data.max_rejected`.
 NO_CAPTION, BLACKLISTED = "no caption", "blacklisted"
 BY_ID, BY_SOURCE, BY_DIGEST = "held out by id", "held out by source id", "held out by digest"

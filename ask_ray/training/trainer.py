@@ -136,10 +136,6 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
             f"training.batch_size: {workers_of(settings)} workers x {training.batch_size} pairs are more than the {clips} clips "
             "of the training split: lower training.batch_size or training.workers"
         )
-    if corpus.clips("test") == 0:
-        raise SettingsError(
-            "data: the test split is empty: hold some out (data.folder.test, data.soundscapes.test), or add its list"
-        )
 
 
 def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:

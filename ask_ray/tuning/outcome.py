@@ -27,15 +27,15 @@ def row_of(trials: Folder, trial: str, point: Point, status: str, reason: str, s
     """All that is known of a trial.
 
     `value` is the mean over the seeds of the metric's last reading on the validation split, None before the first; `values` are
-    those by seed. Of whole runs: `test`, the mean of both R@1 on the test split, by seed in `tests`; means over seeds of
-    `refreshes` (versions swapped in), `refresh_seconds` (encoding and building, the first version's included) and `seconds` (of
-    training).
+    those by seed. Of whole runs: `test`, the mean of both R@1 on the test split, if there is one, by seed in `tests`; means over
+    seeds of `refreshes` (versions swapped in), `refresh_seconds` (encoding and building, the first version's included) and
+    `seconds` (of training).
     """
     folders = {seed: run_folder(trials, trial, seed) for seed in sweep.seeds}
     values = {str(seed): value_of(folder, sweep.metric) for seed, folder in folders.items()}
     known = {seed: value for seed, value in values.items() if math.isfinite(value)}
     results = {seed: folder.read_json("result.json") for seed, folder in folders.items() if finished(folder)}
-    tests = {str(seed): _mean_r1(result["final"]) for seed, result in results.items()}
+    tests = {str(seed): _mean_r1(result["final"]) for seed, result in results.items() if result["final"]}
     refreshing = [sum(one["encode_seconds"] + one["build_seconds"] for one in of["refreshes"]) for of in results.values()]
     return {
         "trial": trial,

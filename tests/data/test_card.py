@@ -13,7 +13,7 @@ EMPTY = {**SPLIT, "clips": 0, "captions": 0, "seconds": 0.0, "rates": {}, "lengt
 
 
 def manifest(**changes: object) -> dict:
-    settings = {"keep_seconds": 300.0, "sample_rate": 16000, "min_seconds": 0.1, "shard_clips": 256, "max_rejected": 0.1}
+    settings = {"keep_seconds": 300.0, "sample_rate": 16000, "min_seconds": 0.1, "shard_clips": 256}
     return {
         "corpus": "clotho",
         "modality": "audio",

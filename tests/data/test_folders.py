@@ -103,7 +103,10 @@ def test_audio_may_lie_below_audio_or_anywhere(tmp_path, write_audio):
     elsewhere = write_audio(tmp_path.parent / "elsewhere.wav")
     text = f"id,file_name,caption\n1,here.wav,x\n2, there.wav ,x\n3,both.wav,x\n4,{elsewhere},x\n5,no.wav,x\n"
     expected = [tmp_path / "here.wav", tmp_path / "audio/there.wav", tmp_path / "both.wav", elsewhere, tmp_path / "no.wav"]
-    assert [row.path for row in rows_of(tmp_path, text)] == expected
+    rows = rows_of(tmp_path, text)
+    assert [row.path for row in rows] == expected
+    assert [row.problem for row in rows] == [None, None, None, None, "missing file"]
+    assert rows[4].detail == f"looked for {tmp_path / 'no.wav'} and {tmp_path / 'audio' / 'no.wav'}"
 
 
 def test_a_named_manifest_may_lie_elsewhere(tmp_path):

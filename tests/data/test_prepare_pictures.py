@@ -138,8 +138,11 @@ def test_what_another_corpus_is_evaluated_on_is_left_out(ray_session: None, corp
 
 def test_too_many_that_cannot_be_used_refuse_the_corpus(ray_session: None, tmp_path: Path) -> None:
     root = spoilt_coco(tmp_path / "coco")
-    with pytest.raises(SettingsError, match=r"data\.max_rejected is 0\.1: 5 of 22 images were set aside"):
+    told = rf"data\.max_rejected is 0\.1: 3 of 22 images were set aside .* below {root} are \d+ pictures"
+    with pytest.raises(SettingsError, match=told):  # those that planning finds: nothing is decoded
         prepare(data_of(root, tmp_path))
+    with pytest.raises(SettingsError, match=r"data\.max_rejected is 0\.15: 5 of 22 images were set aside"):
+        prepare(data_of(root, tmp_path, max_rejected=0.15))
 
 
 def test_the_digest_is_of_pixels_and_shape() -> None:

@@ -1,5 +1,6 @@
 """Rows: each id once, splits that stay, and nothing of an evaluation split in the training split."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from hypothesis import given
@@ -27,8 +28,12 @@ def splits_of(source: RecordingSource) -> dict[str, list[str]]:
     return {split: [row.id for row in rows if row.split == split] for split in SPLITS}
 
 
-def manifest(names) -> str:
-    return "file_name,caption\n" + "".join(f"{name}.wav,x\n" for name in names)
+def write_manifest(folder: Path, names: Iterable[object]) -> None:
+    """A manifest, and its recordings."""
+    files = [f"{name}.wav" for name in names]
+    for file in files:
+        (folder / file).touch()
+    (folder / "captions.csv").write_text("file_name,caption\n" + "".join(f"{file},x\n" for file in files))
 
 
 @given(count=st.integers(1, 60), validation=st.floats(0, 0.6), test=st.floats(0, 0.39), seed=st.integers(0, 9))
@@ -36,7 +41,7 @@ def manifest(names) -> str:
 def test_splits_have_exact_sizes_and_are_disjoint(count, validation, test, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("splits")
     names = [f"{seed}-{n}" for n in range(count)]
-    (folder / "captions.csv").write_text(manifest(names))
+    write_manifest(folder, names)
     split = splits_of(folder_source(folder, validation=validation, test=test))
     assert (len(split["validation"]), len(split["test"])) == (round(count * validation), round(count * test))
     assert sorted(name for ids in split.values() for name in ids) == sorted(f"{name}.wav" for name in names)
@@ -45,16 +50,16 @@ def test_splits_have_exact_sizes_and_are_disjoint(count, validation, test, seed,
 def test_the_split_does_not_depend_on_the_order_of_rows(tmp_path):
     found = []
     for order in (1, -1):
-        (tmp_path / "captions.csv").write_text(manifest(range(50)[::order]))
+        write_manifest(tmp_path, range(50)[::order])
         source = folder_source(tmp_path)
         found.append((splits_of(source), source.rows.column("id").to_pylist()))
     assert found[0] == found[1]
 
 
 def test_added_rows_move_few_clips(tmp_path):
-    (tmp_path / "captions.csv").write_text(manifest(range(200)))
+    write_manifest(tmp_path, range(200))
     before = {name: split for split, names in splits_of(folder_source(tmp_path)).items() for name in names}
-    (tmp_path / "captions.csv").write_text(manifest([*range(1000, 1020), *range(200)]))
+    write_manifest(tmp_path, [*range(1000, 1020), *range(200)])
     after = {name: split for split, names in splits_of(folder_source(tmp_path)).items() for name in names}
     moved = [name for name in before if before[name] != after[name]]
     assert len(moved) <= 12

@@ -45,6 +45,15 @@ def test_a_trial_is_read_from_the_folders_of_its_runs(tmp_path):
     assert (found["test"], found["refreshes"], found["refresh_seconds"], found["seconds"]) == pytest.approx((0.3, 2, 4.0, 30.0))
 
 
+def test_runs_on_a_corpus_without_a_test_split_have_no_test_figures(tmp_path):
+    trials = Folder.at(str(tmp_path))
+    write_run(trials, run_name("a", 0), [0.1, 0.3])
+    untested = {"final": {}, "refreshes": [], "training_seconds": 30.0}
+    (trials / run_name("a", 0)).write_json("result.json", untested)
+    found = outcome.row_of(trials, "a", {}, outcome.FINISHED, "", SweepSettings())
+    assert (found["value"], found["test"], found["tests"], found["seconds"]) == (0.3, None, {}, 30.0)
+
+
 def test_a_trial_without_runs_has_no_value(tmp_path):
     found = outcome.row_of(Folder.at(str(tmp_path)), "a", {}, outcome.FAILED, "why", SweepSettings())
     assert (found["value"], found["values"], found["test"], found["reason"]) == (None, {}, None, "why")
