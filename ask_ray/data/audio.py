@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from ask_ray.data import containers
 from ask_ray.data.files import present
 from ask_ray.data.schema import UnusableClip
 
@@ -26,7 +28,7 @@ def load(path: Path, rate: int, seconds: float = math.inf) -> Decoded:
     """:func:`decode` of a file.
 
     Raises:
-        UnusableClip: if the file is missing, empty, or cannot be decoded.
+        UnusableClip: if the file is missing, empty, broken off, or cannot be decoded.
     """
     present(path)
     return decode(path, str(path), rate, seconds)
@@ -41,13 +43,16 @@ def decode(source: Path | BinaryIO, name: str, rate: int, seconds: float = math.
         rate: Hz.
 
     Raises:
-        UnusableClip: if it cannot be decoded.
+        UnusableClip: if it cannot be decoded, or is broken off as far as :func:`~ask_ray.data.containers.refuse_broken` can tell.
     """
     try:
         with soundfile.SoundFile(source) as file:
+            form = "MP3" if file.subtype.startswith("MPEG") else file.format  # a WAV file may hold MPEG frames
             found, frames = file.samplerate, file.frames
             kept = int(min(frames, math.ceil(seconds * found))) if seconds < math.inf else frames
             samples = file.read(kept, dtype="float32", always_2d=True)
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
+            containers.refuse_broken(stream, form, kept, len(samples))
     except (RuntimeError, TypeError, ValueError, MemoryError, OSError) as error:  # a damaged header can promise any length
         raise UnusableClip("unreadable", f"{name}: {error}") from error
     mono = _mono(samples)
