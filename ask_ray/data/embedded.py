@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -29,9 +30,13 @@ CAPTIONS = ("text", "caption", "captions")
 #: Recordings read at once.
 BATCH = 8
 
+Recording = BinaryIO | Path | UnusableClip
+
 
 def parquet(settings: ParquetSettings) -> Listing:
-    """The rows of Parquet files, by every column but the audio. Rows with the same video's id are captions of one clip.
+    """The rows of Parquet files, by every column but the audio. Rows with one id are captions of one clip if they tell the same
+    excerpt of a video (`youtube_id` and, if there is one, `start_time`), or in one file the same name of the audio. Other rows
+    with one id are different recordings, as where every file counts from 0: of those :func:`~ask_ray.data.rows.plan` keeps one.
 
     Raises:
         SettingsError: if there are no such files, one is damaged, or lacks the columns, naming those it has.
@@ -45,28 +50,41 @@ def parquet(settings: ParquetSettings) -> Listing:
     return Listing(merged(_named(rows)), tree.origin("Parquet with audio", files))
 
 
-def recordings(path: Path, places: Sequence[int]) -> Iterator[BinaryIO | Path | UnusableClip]:
+def recordings(path: Path, places: Sequence[int]) -> Iterator[Recording]:
     """The recordings of rows of a file, in ascending order: their bytes, the file that is named instead of them, or why there is
-    neither. :data:`BATCH` are held at once, beside what Parquet needs to read them: where all of a column chunk is one page, as
-    in many such files, that is a row group.
+    neither, such as a damaged page. :data:`BATCH` are held at once, beside what Parquet needs to read them: where all of a
+    column chunk is one page, as in many such files, that is a row group.
     """
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        wanted = iter([*places, -1])
-        place, start = next(wanted), 0
+        done, start = 0, 0
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
-            if start <= place < stop:
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=["audio"]):
-                    while start <= place < start + len(batch):
-                        yield _recording(path, batch.column(0)[place - start].as_py())
-                        place = next(wanted)
-                    start += len(batch)
-                    if not start <= place < stop:
-                        break
-            start = stop
+            upto = bisect_left(places, stop)
+            if done < upto:
+                yield from _in_group(file, path, group, start, deque(places[done:upto]))
+            done, start = upto, stop
 
 
-def _recording(path: Path, audio: dict[str, Any] | None) -> BinaryIO | Path | UnusableClip:
+def _in_group(file: pq.ParquetFile, path: Path, group: int, start: int, wanted: deque[int]) -> Iterator[Recording]:
+    """The recordings of rows of the row group that begins with row `start`. Behind a damaged page no row of the group is read."""
+    here = start
+    try:
+        for batch in file.iter_batches(BATCH, row_groups=[group], columns=["audio"]):
+            while wanted and wanted[0] < here + len(batch):
+                found = _recording(path, batch.column(0)[wanted[0] - here].as_py())
+                wanted.popleft()
+                yield found
+            here += len(batch)
+            if not wanted:
+                return
+        raise pa.ArrowInvalid("it holds fewer rows than it announces")
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        last = start + file.metadata.row_group(group).num_rows - 1
+        told = f"{path}: row group {group} (rows {start} to {last}) cannot be read from row {wanted[0]} on: {error}"
+        yield from (UnusableClip("unreadable", told) for _ in wanted)
+
+
+def _recording(path: Path, audio: dict[str, Any] | None) -> Recording:
     content, name = (audio or {}).get("bytes"), (audio or {}).get("path")
     if content:
         return io.BytesIO(content)
@@ -82,7 +100,7 @@ def _file_rows(path: Path, root: Path) -> Iterator[Row]:
             told = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
             for place, row in enumerate(told):
                 yield _row(row, path, place, root)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"{SETTING}: {path} cannot be read: {error}") from error
 
 
@@ -95,7 +113,7 @@ def _columns(path: Path, schema: pa.Schema) -> list[str]:
             f"{SETTING}: {path} needs the columns audio (with bytes and path) and text, caption, captions or caption_1 … "
             f"caption_n; it has {', '.join(f'{field.name} ({field.type})' for field in schema) or 'none'}"
         )
-    others = [name for name in (*IDS, "split", "source_id", "sound_id") if name in schema.names]
+    others = [name for name in (*IDS, "start_time", "split", "source_id", "sound_id") if name in schema.names]
     return [*captions, *others, *(["audio.path"] if audio.get_field_index("path") >= 0 else [])]
 
 
@@ -111,7 +129,16 @@ def _row(row: dict[str, Any], path: Path, place: int, root: Path) -> Row:
     captions = texts(text for one in held for text in (one if isinstance(one, list) else [one]))
     name = str((row.get("audio") or {}).get("path") or "")
     problem = "unknown split" if split is not None and split not in SPLITS else None
-    return Row(clip, path, captions, split, _source_id(row), place, problem, "" if clip else PurePath(name).name)
+    detail = "" if clip else PurePath(name).name
+    return Row(clip, path, captions, split, _source_id(row), place, problem, detail, _recording_of(row, path, place))
+
+
+def _recording_of(row: dict[str, Any], path: Path, place: int) -> str:
+    """What rows of the same recording have alike, and no others."""
+    if video := str(row.get("youtube_id") or "").strip():
+        return f"{video} from {str(row.get('start_time') or 0).strip().removesuffix('.0')}"
+    name = (row.get("audio") or {}).get("path") or row.get("file_name")
+    return f"{path} {name}" if name else f"{path}#{place}"
 
 
 def _source_id(row: dict[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ ROWS = pa.schema(
 @dataclass(frozen=True)
 class Row:
     """A clip as a list names it. `place`: row of the Parquet file that holds the recording, if one does; `problem`: a reason to
-    set it aside, and `detail` more of it."""
+    set it aside, and `detail` more of it; `recording`: what tells recordings of one id apart, where an id alone does not."""
 
     id: str
     path: Path
@@ -49,6 +49,7 @@ class Row:
     place: int | None = None
     problem: str | None = None
     detail: str = ""
+    recording: str = ""
 
     @property
     def source(self) -> str:
@@ -87,10 +88,10 @@ def texts(captions: Iterable[object]) -> tuple[str, ...]:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """Rows with one id in one split as one clip with all their captions; the recording is the first that is there."""
+    """Rows of one recording, under one id in one split, as one clip with all their captions; the file is the first there is."""
     clips: dict[object, Row] = {}
     for number, row in enumerate(rows):
-        key = (row.id, row.split) if row.id else number
+        key = (row.id, row.split, row.recording) if row.id else number
         first = clips.get(key, row)
         best = row if first.problem and not row.problem else first
         clips[key] = row if first is row else replace(best, captions=first.captions + row.captions)

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from ask_ray.config import ParquetSettings, SettingsError
+from ask_ray.config import DataSettings, ParquetSettings, SettingsError
 from ask_ray.data import embedded
+from ask_ray.data.corpora import source_of
 from ask_ray.data.rows import Row
-from ask_ray.data.schema import UnusableClip
+from ask_ray.data.schema import Rejection, UnusableClip
 
 
 def listed(path: Path) -> list[Row]:
@@ -100,6 +102,45 @@ def test_rows_of_one_video_are_one_clip(tmp_path):
     ]
 
 
+def test_other_excerpts_of_a_video_are_other_recordings(tmp_path):
+    told = [("abcdefghijk", 3, "x"), ("abcdefghijk", 60, "y"), ("abcdefghijk", 3, "z")]
+    write(
+        tmp_path / "train.parquet",
+        [{"audio": sound(), "caption": text, "youtube_id": name, "start_time": start} for name, start, text in told],
+    )
+    assert [(row.captions, row.place) for row in listed(tmp_path)] == [(("x", "z"), 0), (("y",), 1)]
+
+
+def test_rows_of_one_id_are_one_clip_if_their_file_names_one_recording(tmp_path):
+    told = [(7, "a.wav"), (7, "b.wav"), (7, "a.wav"), (8, None), (8, None), (9, "a.wav")]
+    write(
+        tmp_path / "train.parquet",
+        [{"audio": sound(path=name), "text": f"{n}", "id": clip} for n, (clip, name) in enumerate(told)],
+    )
+    assert [(row.id, row.captions, row.place) for row in listed(tmp_path)] == [
+        ("7", ("0", "2"), 0), ("7", ("1",), 1), ("8", ("3",), 3), ("8", ("4",), 4), ("9", ("5",), 5)
+    ]  # fmt: skip
+    write(tmp_path / "train.parquet", [{"audio": sound(), "text": text, "file_name": "a.wav"} for text in "xy"])
+    assert [row.captions for row in listed(tmp_path)] == [("x", "y")]
+
+
+def test_ids_that_begin_anew_in_each_file_are_told_as_duplicates_and_no_captions_are_mixed(tmp_path, write_audio):
+    """The names of the audio begin anew, too."""
+    for shard in range(2):
+        rows = []
+        for n in range(3):
+            content = write_audio(tmp_path / "parts" / f"{shard}{n}.wav", hz=300 + 70 * n + 300 * shard).read_bytes()
+            rows.append({"audio": sound(content, f"{n}.wav"), "text": f"{n} of {shard}", "id": n})
+        write(tmp_path / "data" / f"train-{shard}.parquet", rows)
+    source = source_of(DataSettings(corpus="parquet", parquet=ParquetSettings(path=str(tmp_path / "data"))))
+    clips = [clip for shard in source.shards() for clip in source.clips(shard)]
+    assert [(clip.id, clip.captions) for clip in clips] == [(str(n), (f"{n} of 0",)) for n in range(3)]
+    first, second = (tmp_path / "data" / f"train-{shard}.parquet" for shard in range(2))
+    assert [(one.id, one.source, one.reason, one.detail) for one in source.early_rejections()] == [
+        (str(n), f"{second}#{n}", "duplicate id", f"{first}#{n} has it too") for n in range(3)
+    ]
+
+
 @given(places=st.sets(st.integers(0, 29)), row_group=st.integers(1, 40))
 @budget(max_examples=40, deadline=None)
 def test_the_asked_rows_are_read_in_order(places, row_group, tmp_path_factory):
@@ -107,6 +148,31 @@ def test_the_asked_rows_are_read_in_order(places, row_group, tmp_path_factory):
     write_parquet(path, [(f"{n}", bytes([n]) * 50, ["x"]) for n in range(30)], row_group)
     found = list(embedded.recordings(path, sorted(places)))
     assert [one.read() for one in found if isinstance(one, io.BytesIO)] == [bytes([n]) * 50 for n in sorted(places)]
+
+
+@pytest.mark.parametrize(("place", "first"), [(0, 24), (-20, 40)], ids=["a page's header", "the last page's content"])
+def test_behind_a_damaged_page_the_rows_of_its_group_are_set_aside_and_others_are_read(place, first, tmp_path, write_audio):
+    content = write_audio(tmp_path / "a.wav", samples=np.random.default_rng(0).uniform(-0.5, 0.5, 4000)).read_bytes()
+    path, kind = tmp_path / "data" / "train.parquet", pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    path.parent.mkdir()
+    table = pa.table({"audio": pa.array([sound(content, f"{n}.wav") for n in range(60)], kind), "text": ["x"] * 60})
+    pages = {"data_page_size": 1, "write_batch_size": 8, "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, path, row_group_size=24, compression="zstd", **pages)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    begin = column.data_page_offset + (place if place >= 0 else column.total_compressed_size + place)
+    spoilt = bytearray(path.read_bytes())
+    spoilt[begin : begin + 16] = b"\xff" * 16
+    path.write_bytes(spoilt)
+
+    source = source_of(DataSettings(corpus="parquet", shard_clips=16, parquet=ParquetSettings(path=str(path))))
+    found = {int(one.id[:-4]): one for shard in source.shards() for one in source.clips(shard)}
+    assert list(found) == list(range(60))
+    aside = {n: one for n, one in found.items() if isinstance(one, Rejection)}
+    assert list(aside) == list(range(first, 48))
+    assert {one.reason for one in aside.values()} == {"unreadable"}
+    for n, one in aside.items():
+        assert one.source == f"{path}#{n}"
+        assert f"{path}: row group 1 (rows 24 to 47) cannot be read from row " in one.detail
 
 
 def test_a_row_may_name_a_file_in_place_of_bytes(tmp_path):

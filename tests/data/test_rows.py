@@ -163,3 +163,8 @@ def test_the_recording_that_is_there_is_taken_and_rows_without_id_stay_apart():
 
 def test_one_id_in_two_splits_is_two_rows():
     assert len(merged([row("a", "train"), row("a", "test")])) == 2
+
+
+def test_one_id_of_two_recordings_is_two_rows():
+    rows = [Row("a", Path(name), ("x",), "train", recording=name) for name in ("1", "2", "1")]
+    assert [(one.path, one.captions) for one in merged(rows)] == [(Path("1"), ("x", "x")), (Path("2"), ("x",))]
