@@ -121,6 +121,16 @@ class LayoutSettings(Section):
     path: str | None = Field(None, description="folder that holds the corpus's lists and audio, at any depth")
 
 
+class ClothoSettings(LayoutSettings):
+    """Clotho as it was published."""
+
+    metadata: bool = Field(
+        True,
+        description="refuse a split without its clotho_metadata_*.csv, which tell the Freesound sound of each clip: some sounds "
+        "are in several splits. false: go without those that are missing",
+    )
+
+
 class WavCapsSettings(SplitShares):
     """WavCaps: a JSON file and a folder of audio per source, all of it to train on unless a share is held out."""
 
@@ -207,7 +217,7 @@ class DataSettings(Section):
     soundscapes: SoundscapeSettings = SoundscapeSettings()
     folder: FolderSettings = FolderSettings()
     audiocaps: LayoutSettings = LayoutSettings()
-    clotho: LayoutSettings = LayoutSettings()
+    clotho: ClothoSettings = ClothoSettings()
     wavcaps: WavCapsSettings = WavCapsSettings()
     parquet: ParquetSettings = ParquetSettings()
     coco: CocoSettings = CocoSettings()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ask_ray.config import LayoutSettings, SettingsError, WavCapsSettings
+from ask_ray.config import ClothoSettings, LayoutSettings, SettingsError, WavCapsSettings
 from ask_ray.data import lists
 from ask_ray.data.folders import Tree
 from ask_ray.data.rows import Listing, Row, merged
@@ -100,18 +100,21 @@ def youtube_id(name: str) -> str | None:
 # --- Clotho ----------------------------------------------------------------------------------------------------------
 
 
-def clotho(settings: LayoutSettings) -> Listing:
-    """Clotho by its `clotho_captions_*.csv`, with the Freesound numbers of `clotho_metadata_*.csv` where those are there.
+def clotho(settings: ClothoSettings) -> Listing:
+    """Clotho by its `clotho_captions_*.csv`, with the Freesound numbers of `clotho_metadata_*.csv`.
 
     Raises:
-        SettingsError: if none of the lists of captions is there, or one has other columns.
+        SettingsError: if none of the lists of captions is there, one has other columns, or metadata are needed and missing.
     """
     setting = "data.clotho.path"
     tree = Tree(settings.path or "", setting, CLOTHO)
+    captions = {split: tree.named(f"clotho_captions_{word}.csv") for split, (word,) in CLOTHO.items()}
+    metadata = {split: tree.named(f"clotho_metadata_{word}.csv") for split, (word,) in CLOTHO.items()}
+    if settings.metadata:
+        _refuse_without_metadata(tree, [split for split, path in captions.items() if path and metadata[split] is None])
     rows: list[Row] = []
     used: list[Path] = []
-    for split, (word,) in CLOTHO.items():
-        path, metadata = tree.named(f"clotho_captions_{word}.csv"), tree.named(f"clotho_metadata_{word}.csv")
+    for split, path in captions.items():
         if path is None:
             continue
         table = _table(path, setting)
@@ -119,14 +122,25 @@ def clotho(settings: LayoutSettings) -> Listing:
             raise SettingsError(
                 f"{setting}: {path} has the columns {_columns(table)}; Clotho has file_name and caption_1 to caption_5"
             )
-        sounds = {} if metadata is None else _sounds(metadata, setting)
-        used += [path, *([] if metadata is None else [metadata])]
+        told = metadata[split]
+        sounds = {} if told is None else _sounds(told, setting)
+        used += [path, *([] if told is None else [told])]
         for row in table.to_pylist():
             name = str(row["file_name"] or "").strip()
             rows.append(_row(tree, split, name, [name], lists.captions_of(row), sounds.get(lists.plain(name))))
     if not rows:
         raise tree.is_not("Clotho", "clotho_captions_development.csv, …_validation.csv and …_evaluation.csv")
     return Listing(rows + tree.without_caption(), tree.origin("Clotho", used))
+
+
+def _refuse_without_metadata(tree: Tree, lacking: list[str]) -> None:
+    """A sound that two splits hold is known by its number alone: the excerpts of it differ."""
+    if lacking:
+        names = " and ".join(f"clotho_metadata_{word}.csv" for split in lacking for word in CLOTHO[split])
+        raise SettingsError(
+            f"data.clotho.metadata: {names} {'is' if len(lacking) == 1 else 'are'} not below {tree.root}, so training clips of "
+            "sounds that are evaluated on would stay in; add Clotho's metadata, or set it to false to go without"
+        )
 
 
 def _sounds(metadata: Path, setting: str) -> dict[str, str]:

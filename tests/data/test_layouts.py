@@ -123,13 +123,37 @@ def test_metadata_may_be_written_in_any_of_the_usual_encodings(encoding, tree):
     assert planned("clotho", root)[0]["Möwe, n° 2 evaluation.wav"].source_id == "freesound:3002"
 
 
-def test_clotho_without_metadata_has_no_source_ids(tree):
+def test_clotho_without_metadata_is_refused_unless_it_is_to_go_without(tree):
     root = tree("clotho")
     for path in root.glob("clotho_metadata_*.csv"):
         path.unlink()
-    rows, aside = planned("clotho", root)
+    told = refused("clotho", root)
+    assert told.startswith("data.clotho.metadata: ")
+    for word in ("development.csv", "validation.csv", "evaluation.csv", str(root), "false"):
+        assert word in told
+    rows, aside = planned("clotho", root, metadata=False)
     assert {row.source_id for row in rows.values()} == {None}
     assert aside == {}
+
+
+@pytest.mark.parametrize("split", ["development", "validation", "evaluation"])
+def test_clotho_with_some_metadata_is_refused_and_what_is_there_is_used_where_it_may_go_without(split, tree):
+    root = tree("clotho")
+    (root / f"clotho_metadata_{split}.csv").unlink()
+    told = refused("clotho", root)
+    assert f"data.clotho.metadata: clotho_metadata_{split}.csv is not below" in told
+    rows, aside = planned("clotho", root, metadata=False)
+    of = {"development": "train", "validation": "validation", "evaluation": "test"}[split]
+    assert {row.source_id for row in rows.values() if row.split == of} == {None}
+    assert any(row.source_id for row in rows.values() if row.split != of)
+    assert aside == ({"Möwe, n° 0 development.wav": "held out by source id"} if split == "validation" else {})
+
+
+def test_metadata_of_a_split_that_is_not_there_are_not_missed(tree):
+    root = tree("clotho")
+    for kind in ("captions", "metadata"):
+        (root / f"clotho_{kind}_validation.csv").unlink()
+    assert by_split(planned("clotho", root)[0]) == {"train": 7, "validation": 0, "test": 3}
 
 
 # --- WavCaps
