@@ -7,6 +7,7 @@ the fields; what spans several fields is checked in :meth:`Settings.check`. Pres
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,7 +232,10 @@ class DataSettings(Section):
     @property
     def form(self) -> Form:
         """How the corpus is kept when it is prepared."""
-        return Form(self.modality, self.sample_rate if self.modality == "audio" else self.image_size)
+        if self.modality == "image":
+            return Form(self.modality, self.image_size)
+        composed = self.corpus == "soundscapes"
+        return Form(self.modality, self.sample_rate, math.inf if composed else self.keep_seconds)
 
 
 def _tower(names: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
 Modality = Literal["audio", "image"]
 
@@ -18,14 +20,18 @@ def headings(modality: Modality) -> dict[str, str]:
     return dict(zip(WAYS, (f"text → {modality}", f"{modality} → text"), strict=True))
 
 
-class Form(NamedTuple):
-    """How the clips of a prepared corpus are kept. resolution: Hz of waveforms, or most pixels of a picture's shorter side.
+@dataclass(frozen=True)
+class Form:
+    """How the clips of a prepared corpus are kept. resolution: Hz of waveforms, or most pixels of a picture's shorter side;
+    seconds: what is kept of a longer recording.
 
-    Only clips of one form can be compared by their samples.
+    Only clips of one form can be compared by their samples, and of those only recordings that neither corpus cut, or that both
+    cut alike. To a model it makes no difference: forms that differ in seconds alone are equal.
     """
 
     modality: Modality
     resolution: int
+    seconds: float = field(default=math.inf, compare=False)
 
     def __str__(self) -> str:
         return f"{self.resolution} Hz" if self.modality == "audio" else f"images of {self.resolution} pixels"

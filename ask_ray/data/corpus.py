@@ -86,8 +86,9 @@ class Corpus:
     @property
     def form(self) -> Form:
         """What its clips are, and how they are kept."""
-        audio = self.manifest["modality"] == "audio"
-        return Form(self.manifest["modality"], int(self.manifest["sample_rate" if audio else "image_size"]))
+        if self.manifest["modality"] == "image":
+            return Form("image", int(self.manifest["image_size"]))
+        return Form("audio", int(self.manifest["sample_rate"]), float(self.manifest["settings"]["keep_seconds"]))
 
     @property
     def sample_rate(self) -> int | None:
@@ -102,6 +103,12 @@ class Corpus:
     def clips(self, split: str) -> int:
         """Number of clips of a split."""
         return int(self._split(split)["clips"])
+
+    def cut_otherwise(self, splits: Iterable[str], form: Form) -> bool:
+        """Whether another form would keep more or less of a recording of these splits, so that its samples could not be compared.
+        Reads the durations where the manifest cannot tell."""
+        least = min(self.form.seconds, form.seconds)
+        return self.form.seconds != form.seconds and any(self._holds_longer(split, least) for split in splits)
 
     def rejected(self) -> dict[str, int]:
         """How many clips were set aside, by reason."""
@@ -169,6 +176,14 @@ class Corpus:
         ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))
         shapes = np.stack(sides, axis=1) if sides else None
         return ClipRows(ids, captions, held.values.to_numpy(), held.offsets.to_numpy(), shapes)
+
+    def _holds_longer(self, split: str, seconds: float) -> bool:
+        """Whether a recording of the split is longer than this, which is at most what is kept of one."""
+        found = self._split(split)
+        if found["cut"] or seconds == self.form.seconds or max(map(int, found["lengths"]), default=0) <= seconds - 1:
+            return bool(found["cut"])
+        durations = self._files(split).to_table(columns=["duration"]).column("duration").to_numpy()
+        return bool(durations.max(initial=0) > seconds + 2 / self.form.resolution)  # resampling may add a sample
 
     def _files(self, split: str) -> pa.dataset.FileSystemDataset:
         filesystem, path = (self.folder / "clips").resolve()

@@ -45,7 +45,8 @@ class HeldOut:
         """The same of the corpora that `data.held_out` names.
 
         Raises:
-            SettingsError: if one is not there, or is kept in another form, so that digests could not be compared.
+            SettingsError: if one is not there, or is kept in another form, or holds out recordings of which this corpus would
+                keep more or less, so that digests could not be compared.
         """
         opened = []
         for place in places:
@@ -57,6 +58,12 @@ class HeldOut:
                 raise SettingsError(
                     f"data.held_out: {corpus.folder} has {corpus.form}, but this corpus is to have {form} ({form.setting}): "
                     "prepare both alike, so that their samples can be compared"
+                )
+            if corpus.cut_otherwise(HELD_OUT, form):
+                raise SettingsError(
+                    f"data.held_out: {corpus.folder} keeps {corpus.form.seconds:g} s of a recording, but this corpus is to keep "
+                    f"{form.seconds:g} s (data.keep_seconds), and longer ones are evaluated on: prepare both alike, so that "
+                    "their samples can be compared"
                 )
             opened.append(corpus)
         return cls.of(opened)

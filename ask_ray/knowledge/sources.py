@@ -17,6 +17,7 @@ import numpy as np
 from ask_ray.config import KnowledgeSettings, SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
+from ask_ray.data.schema import SPLITS
 from ask_ray.knowledge.snapshot import TRAIN
 from ask_ray.storage import Folder, masked
 
@@ -99,8 +100,8 @@ def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
 
     Raises:
         SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another form, no
-            training clips, a missing modality, clips that the run holds out (by id, source id or digest), or an id that stands
-            for different recordings.
+            training clips, a missing modality, recordings cut at other lengths, so that they could not be recognised, clips that
+            the run holds out (by id, source id or digest), or an id that stands for different recordings.
     """
     others = [(source, _opened(source, corpus)) for source in sources if not source.in_domain]
     if not others:
@@ -108,6 +109,8 @@ def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
     known = [(corpus, _places(corpus, "train"))]
     held_out = HeldOut.of([corpus])
     for source, opened in others:
+        for other, _ in known:
+            _refuse_other_cut(source, opened, other)
         _refuse_leak(source, opened, corpus, held_out)
         places = _places(opened, source.split)
         for other, there in known:
@@ -143,6 +146,16 @@ def _opened(source: Source, corpus: Corpus) -> Corpus:
             "a corpus with both"
         )
     return opened
+
+
+def _refuse_other_cut(source: Source, opened: Corpus, other: Corpus) -> None:
+    """Only where both hold such recordings could one of them be the same."""
+    if opened.cut_otherwise([source.split], other.form) and other.cut_otherwise(SPLITS, opened.form):
+        raise SettingsError(
+            f"knowledge.sources: {opened.folder} keeps {opened.form.seconds:g} s of a recording and {other.folder} "
+            f"{other.form.seconds:g} s, and both hold longer ones, which could not be recognised as the same: prepare it with "
+            f"--data.keep_seconds {other.form.seconds:g}"
+        )
 
 
 def _refuse_leak(source: Source, opened: Corpus, corpus: Corpus, held_out: HeldOut) -> None:

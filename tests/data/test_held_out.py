@@ -1,9 +1,11 @@
 """How a clip of an evaluation split is recognised: by id, by source id, by the digest of its samples."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from ask_ray.config import DataSettings, SettingsError, SoundscapeSettings
+from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
 from ask_ray.data import prepare
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
@@ -64,6 +66,55 @@ def test_corpora_to_compare_with_must_be_there_and_have_the_same_rate(corpus, tm
         HeldOut.named([str(tmp_path)], Form("audio", 8000))
     with pytest.raises(SettingsError, match=r"^data\.held_out: .*has 8000 Hz, .*data\.sample_rate 16000"):
         HeldOut.named([corpus.folder.uri], Form("audio", 16000))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, write_audio):
+    """A function that prepares recordings of some lengths in each split, of which so many seconds are kept."""
+
+    def prepared(keep_seconds: float, **lengths: float) -> Corpus:
+        root, home = tmp_path_factory.mktemp("recordings"), Folder.at(str(tmp_path_factory.mktemp("corpus")))
+        for split, seconds in lengths.items():
+            write_audio(root / f"{split}.wav", seconds=seconds, rate=11025, hz=300 + 100 * len(split))
+        rows = [f"{split}.wav,{split},x" for split in lengths]
+        (root / "captions.csv").write_text("\n".join(["file_name,split,caption", *rows]))
+        data = DataSettings(corpus="folder", folder=FolderSettings(path=str(root)), sample_rate=8000, keep_seconds=keep_seconds)
+        source = source_of(data)
+        prepare._write_manifest(data, home, source, [prepare.write_shard(source, shard, home) for shard in source.shards()])
+        return Corpus.open(home.uri)
+
+    return prepared
+
+
+@pytest.mark.parametrize(
+    ("kept", "test", "here", "comparable"),
+    [
+        (300, 2.5, 300, True),
+        (300, 2.5, 10, True),
+        (300, 2.5, 2.5, True),
+        (300, 2.5, 2.4, False),
+        (300, 2.5, 1, False),
+        (2.5, 2.5, 300, True),
+        (2, 2.5, 300, False),
+        (2, 2.5, 2, True),
+        (2, 2.5, 1, False),
+    ],
+)
+def test_a_corpus_of_which_more_or_less_would_be_kept_here_is_refused(kept, test, here, comparable, recorded):
+    """Where it is evaluated on longer recordings: how long those are that it trains on is all the same."""
+    corpus = recorded(kept, train=6, test=test)
+    named = partial(HeldOut.named, [corpus.folder.uri], Form("audio", 8000, here))
+    if comparable:
+        assert set(named().ids) == {"test.wav"}
+    else:
+        with pytest.raises(SettingsError, match=rf"^data\.held_out: .* keeps {kept} s .* keep {here} s \(data\.keep_seconds\)"):
+            named()
+
+
+def test_the_digest_of_a_recording_is_lost_when_it_is_cut_otherwise(recorded):
+    corpora = [recorded(kept, train=1, test=2.5) for kept in (300, 2.5, 2)]
+    whole, as_long, shorter = (corpus.identities("test").digests for corpus in corpora)
+    assert whole == as_long != shorter
 
 
 def test_a_digest_is_of_the_samples_alone():

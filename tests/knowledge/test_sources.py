@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ask_ray.config import DataSettings, SettingsError, SoundscapeSettings
+from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
 from ask_ray.data import prepare
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
@@ -176,6 +176,42 @@ def test_two_sources_with_the_same_id_for_different_recordings_are_refused(corpu
     told = refused(corpus, "train", foreign, other)
     assert str(other.folder) in told
     assert str(foreign.folder) in told
+
+
+def recorded(folder: Path, write_audio: Callable[..., Path], keep_seconds: float, **lengths: float) -> Corpus:
+    """Prepared recordings of so many seconds by their names, `test…` held out; the same name and length is the same sound."""
+    for name, seconds in lengths.items():
+        write_audio(folder / "in" / f"{name}.wav", seconds=seconds, rate=RATE, hz=200.0 + sum(name.encode()))
+    rows = [f"{name}.wav,{'test' if name.startswith('test') else 'train'},{name}" for name in lengths]
+    (folder / "in" / "captions.csv").write_text("\n".join(["file_name,split,caption", *rows]))
+    settings = FolderSettings(path=str(folder / "in"))
+    data = DataSettings(corpus="folder", folder=settings, sample_rate=RATE, keep_seconds=keep_seconds)
+    source, home = source_of(data), Folder.at(str(folder / "out"))
+    prepare._write_manifest(data, home, source, [prepare.write_shard(source, shard, home) for shard in source.shards()])
+    return Corpus.open(str(home))
+
+
+def test_recordings_that_were_cut_at_other_lengths_are_refused_as_they_could_not_be_recognised(tmp_path, write_audio):
+    run = recorded(tmp_path / "run", write_audio, 300, train=1, test=3)
+    told = refused(run, "train", recorded(tmp_path / "cut", write_audio, 2, train=1, other=3))
+    for word in ("cut", "keeps 2 s", "300 s", "--data.keep_seconds 300"):
+        assert word in told
+    assert "keeps 300 s" in refused(
+        recorded(tmp_path / "2", write_audio, 2, train=1, test=3), recorded(tmp_path / "3", write_audio, 300, other=3)
+    )
+
+
+def test_other_lengths_make_no_difference_to_shorter_recordings(tmp_path, write_audio):
+    run = recorded(tmp_path / "run", write_audio, 300, train=1, test=2)
+    assert check(run, "train", recorded(tmp_path / "cut", write_audio, 2, train=1, other=3)) == Extent(clips=2, own=1)
+    assert check(recorded(tmp_path / "2", write_audio, 2, train=3, test=1), recorded(tmp_path / "short", write_audio, 5, other=1))
+
+
+def test_sources_that_were_cut_otherwise_than_each_other_are_refused(tmp_path, write_audio):
+    run = recorded(tmp_path / "run", write_audio, 300, train=1, test=1)
+    sources = [recorded(tmp_path / f"{kept}", write_audio, kept, other=3) for kept in (2, 2.5)]
+    assert "--data.keep_seconds 2" in refused(run, "train", *sources)
+    assert check(run, "train", sources[0]) == Extent(clips=2, own=1)
 
 
 @pytest.fixture(scope="module")
