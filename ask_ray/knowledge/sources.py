@@ -12,17 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
-
 from ask_ray.config import KnowledgeSettings, SettingsError
-from ask_ray.data.corpus import Corpus
+from ask_ray.data.corpus import Corpus, Identities
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.schema import SPLITS
 from ask_ray.knowledge.snapshot import TRAIN
 from ask_ray.storage import Folder, masked
-
-#: Clips that two corpora share of which the samples are compared.
-COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,7 @@ def _name(place: str, taken: set[str]) -> str:
 def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
     """Refuse, before training, sources that could not be encoded or would spoil what is measured.
 
-    Reads the ids, source ids and digests of all clips if there are sources beside the run's own training split, and the samples
-    of some of those that several corpora share.
+    Reads the ids, source ids and digests of all clips if there are sources beside the run's own training split.
 
     Args:
         corpus: the run's.
@@ -106,24 +100,25 @@ def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
     others = [(source, _opened(source, corpus)) for source in sources if not source.in_domain]
     if not others:
         return Extent(corpus.clips("train"), corpus.clips("train"))
-    known = [(corpus, _places(corpus, "train"))]
+    known = [(corpus, _digests(corpus.identities("train")))]
     held_out = HeldOut.of([corpus])
     for source, opened in others:
         for other, _ in known:
             _refuse_other_cut(source, opened, other)
-        _refuse_leak(source, opened, corpus, held_out)
-        places = _places(opened, source.split)
+        clips = opened.identities(source.split)
+        _refuse_leak(source, clips, corpus, held_out)
+        digests = _digests(clips)
         for other, there in known:
-            _refuse_clash(source, opened, places, other, there)
-        known.append((opened, places))
-    own, *rest = ({*places} for _, places in known)
+            _refuse_clash(source, digests, other, there)
+        known.append((opened, digests))
+    own, *rest = ({*digests} for _, digests in known)
     held = set().union(*rest, own if any(source.in_domain for source in sources) else ())
     return Extent(len(held), len(held & own))
 
 
-def _places(corpus: Corpus, split: str) -> dict[str, int]:
-    """The place of each clip in the order of the corpus."""
-    return {clip: place for place, clip in enumerate(corpus.ids(split))}
+def _digests(clips: Identities) -> dict[str, str]:
+    """The digest of each clip's samples, by its id."""
+    return dict(zip(clips.ids, clips.digests, strict=True))
 
 
 def _opened(source: Source, corpus: Corpus) -> Corpus:
@@ -158,9 +153,8 @@ def _refuse_other_cut(source: Source, opened: Corpus, other: Corpus) -> None:
         )
 
 
-def _refuse_leak(source: Source, opened: Corpus, corpus: Corpus, held_out: HeldOut) -> None:
-    clips = zip(*opened.identities(source.split), strict=True)
-    found = [(clip[0], leak) for clip in clips if (leak := held_out.find(*clip))]
+def _refuse_leak(source: Source, clips: Identities, corpus: Corpus, held_out: HeldOut) -> None:
+    found = [(clip[0], leak) for clip in zip(*clips, strict=True) if (leak := held_out.find(*clip))]
     if found:
         reasons = Counter(leak.reason for _, leak in found)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -172,18 +166,13 @@ def _refuse_leak(source: Source, opened: Corpus, corpus: Corpus, held_out: HeldO
         )
 
 
-def _refuse_clash(source: Source, opened: Corpus, places: dict[str, int], other: Corpus, there: dict[str, int]) -> None:
-    """Compare samples of clips with the same id, evenly spread over those that two corpora share."""
-    shared = [clip for clip in places if clip in there]
-    if not shared:
-        return
-    spread = np.linspace(0, len(shared) - 1, min(COMPARED, len(shared))).round().astype(int)
-    chosen = [shared[place] for place in spread]
-    ours = opened.signals(source.split, [places[clip] for clip in chosen])
-    theirs = other.signals("train", [there[clip] for clip in chosen])
-    for clip in chosen:
-        if not np.array_equal(ours[places[clip]], theirs[there[clip]]):
-            raise SettingsError(
-                f"knowledge.sources: clip {clip!r} of {masked(source.corpus)} is another recording than the one of that id in "
-                f"{other.folder}: an id must mean the same samples everywhere, so rename the clips of one and prepare it anew"
-            )
+def _refuse_clash(source: Source, digests: dict[str, str], other: Corpus, there: dict[str, str]) -> None:
+    """Compare the samples of all clips that two corpora share, by their digests."""
+    shared = [clip for clip in digests if clip in there]
+    found = [clip for clip in shared if digests[clip] != there[clip]]
+    if found:
+        raise SettingsError(
+            f"knowledge.sources: clip {found[0]!r} of {masked(source.corpus)} is another recording than the one of that id in "
+            f"{other.folder} ({len(found)} of {len(shared)} shared ids clash): an id must mean the same samples everywhere, so "
+            "rename the clips of one and prepare it anew"
+        )

@@ -8,13 +8,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
 from ask_ray.data import prepare
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
-from ask_ray.knowledge.sources import COMPARED, Extent, Source, check_sources, sources_of
-from ask_ray.storage import Folder
+from ask_ray.knowledge import sources
+from ask_ray.knowledge.sources import Extent, Source, check_sources, sources_of
+from ask_ray.storage import Folder, digest_bytes
 
 RATE = 8000
 TRAIN, HELD_OUT = 70, 3
@@ -46,13 +49,16 @@ def renamed(table: pa.Table) -> pa.Table:
     return put(table, "id", pa.array([f"other {one}" for one in table.column("id").to_pylist()]))
 
 
-def with_a_changed_sample(table: pa.Table, clip: str) -> pa.Table:
-    """The table with another sixth sample in one clip."""
-    offsets = table.column("waveform").combine_chunks().offsets
-    samples = table.column("waveform").combine_chunks().values.to_numpy().copy()
-    if clip in (ids := table.column("id").to_pylist()):
-        samples[offsets[ids.index(clip)].as_py() + 5] ^= 1
-    return put(table, "waveform", pa.ListArray.from_arrays(offsets, samples))
+def with_a_changed_sample(table: pa.Table, *clips: str) -> pa.Table:
+    """The table with another sixth sample in some clips."""
+    waveforms = table.column("waveform").combine_chunks()
+    offsets, samples = waveforms.offsets.to_numpy(), waveforms.values.to_numpy().copy()
+    digests = table.column("digest").to_pylist()
+    for row, clip in enumerate(table.column("id").to_pylist()):
+        if clip in clips:
+            samples[offsets[row] + 5] ^= 1
+            digests[row] = digest_bytes(samples[offsets[row] : offsets[row + 1]].tobytes())
+    return put(put(table, "waveform", pa.ListArray.from_arrays(waveforms.offsets, samples)), "digest", pa.array(digests))
 
 
 @pytest.fixture(scope="module")
@@ -214,20 +220,27 @@ def test_sources_that_were_cut_otherwise_than_each_other_are_refused(tmp_path, w
     assert check(run, "train", sources[0]) == Extent(clips=2, own=1)
 
 
-@pytest.fixture(scope="module")
-def compared(home) -> tuple[Corpus, Corpus]:
-    """Two preparations of as many recordings as are compared, in two files each."""
-    first, second = (prepared(home / name, train=COMPARED) for name in ("first", "second"))
-    return first, second
+@pytest.mark.parametrize("clips", [(0,), (39,), (40, 41), (49,)])
+def test_one_other_sample_in_any_shared_clip_is_seen(corpus, enriched, clips, tmp_path):
+    named = [f"train-{clip:07d}" for clip in clips]
+    changed = altered(enriched, tmp_path / "changed", lambda table: with_a_changed_sample(table, *named))
+    told = refused(corpus, "train", changed)
+    assert f"clip {named[0]!r} of {changed.folder} is another recording" in told
+    assert f"({len(clips)} of 50 shared ids clash)" in told
 
 
-@pytest.mark.parametrize("place", [0, 39, 40, COMPARED - 1])
-def test_one_other_sample_in_one_of_few_shared_clips_is_seen(compared, place, tmp_path):
-    run, same = compared
-    clip = f"train-{place:07d}"
-    assert check(run, "train", same).clips == COMPARED
-    changed = altered(same, tmp_path / "changed", lambda table: with_a_changed_sample(table, clip))
-    assert repr(clip) in refused(run, "train", changed)
+@given(clash=st.sets(st.integers(0, 299), max_size=4))
+def test_of_many_shared_ids_every_one_that_clashes_counts(clash):
+    """So many that a sample of them would miss some."""
+    source, other = Source("other", "/other", "train"), Corpus(Folder("/run"), {})
+    there = {f"clip {number}": f"{number:032x}" for number in range(300)}
+    clashing = [f"clip {number}" for number in sorted(clash)]
+    here = there | dict.fromkeys(clashing, "other samples") | {"a clip of its own": "0"}
+    if not clashing:
+        sources._refuse_clash(source, here, other, there)
+        return
+    with pytest.raises(SettingsError, match=rf"clip '{clashing[0]}' of /other .*\({len(clashing)} of 300 shared ids clash\)"):
+        sources._refuse_clash(source, here, other, there)
 
 
 def with_one(table: pa.Table, column: str, value: str) -> pa.Table:
