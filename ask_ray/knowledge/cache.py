@@ -31,9 +31,15 @@ class Copy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lease = os.open(path / LEASE, os.O_RDONLY)
-        weakref.finalize(self, os.close, lease)
-        fcntl.flock(lease, fcntl.LOCK_SH)
+        self._lease = lock(path / LEASE)
+        weakref.finalize(self, os.close, self._lease)
+
+    def stands(self) -> bool:
+        """Whether this is still the copy at its place: another process may have replaced it."""
+        try:
+            return os.path.samestat(os.fstat(self._lease), (self.path / LEASE).stat())
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -55,27 +61,36 @@ class Cache:
             return Path(tempfile.gettempdir()) / f"ask_ray-knowledge-{os.getuid()}"
         return Path(self.folder).expanduser()
 
-    def hold(self, key: str, sizes: Mapping[str, int], fetch: Callable[[Path], None]) -> Copy:
-        """The copy `key`, fetched if it is not there or not whole. Processes that ask at once wait for one of them to fetch.
+    def hold(self, key: str, sizes: Mapping[str, int], fetch: Callable[[Path], None], intact: Callable[[Path], bool]) -> Copy:
+        """The copy `key`, fetched if it is not there, not whole or damaged. Processes that ask at once wait for one of them to
+        fetch; what another one fetched, each verifies itself, beside the others.
 
         Before a copy is fetched, others that nobody uses make room for it; it is kept even if it alone is larger than the bound.
 
         Args:
             key: a name that no other content has.
             sizes: bytes of each of its files.
-            fetch: fills an empty folder, and raises what is to be raised if it cannot.
+            fetch: fills an empty folder and verifies it, and raises what is to be raised if it cannot.
+            intact: whether a copy that was there, of the right sizes, has the right content.
 
         Raises:
             StorageError: naming `knowledge.cache`, if the folder cannot be written.
         """
-        root = self.root
-        Folder(str(root)).check_writable("knowledge.cache")
-        with FileLock(root / "lock"):
-            if not _whole(root / key, sizes):
-                self._make_room(key, sum(sizes.values()))
-                _replace(root / key, fetch)
-            (root / key / LEASE).touch()
-            return Copy(root / key)
+        path, guard = self.root / key, self.root / "lock"
+        Folder(str(self.root)).check_writable("knowledge.cache")
+        while True:
+            with FileLock(guard):
+                fetched = not _whole(path, sizes)
+                if fetched:
+                    self._make_room(key, sum(sizes.values()))
+                    _replace(path, fetch)
+                (path / LEASE).touch()
+                copy = Copy(path)
+            if fetched or intact(path):
+                return copy
+            with FileLock(guard):
+                if copy.stands():
+                    shutil.rmtree(path)  # who still uses it keeps its files open
 
     def _make_room(self, key: str, size: int) -> None:
         """Remove the least recently used copies, until one of `size` bytes fits beside the others."""
@@ -83,7 +98,7 @@ class Cache:
         others = sorted((path for path in self.root.iterdir() if (path / LEASE).exists() and path.name != key), key=_last_used)
         taken = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
         for path in others:
-            if size + sum(taken.values()) > limit and not _in_use(path):
+            if size + sum(taken.values()) > limit and not in_use(path / LEASE):
                 shutil.rmtree(path)
                 del taken[path]
 
@@ -95,15 +110,19 @@ def _whole(copy: Path, sizes: Mapping[str, int]) -> bool:
 
 
 def _replace(copy: Path, fetch: Callable[[Path], None]) -> None:
-    """Fetch a copy beside its place, and put it there whole. Who still uses a damaged one keeps its files open."""
+    """Fetch a copy beside its place, and put it there whole and safe on the disk. Who still uses a damaged one keeps its files
+    open."""
     made = copy.parent / FETCHING
     shutil.rmtree(made, ignore_errors=True)  # what a process that died left
     made.mkdir()
     try:
         fetch(made)
         (made / LEASE).touch()
+        for path in (*made.iterdir(), made):
+            _sync(path)
         shutil.rmtree(copy, ignore_errors=True)
         made.rename(copy)
+        _sync(copy.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -112,9 +131,25 @@ def _last_used(copy: Path) -> float:
     return (copy / LEASE).stat().st_mtime
 
 
-def _in_use(copy: Path) -> bool:
-    """Whether a live process holds it."""
-    lease = os.open(copy / LEASE, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path) -> int:
+    """A descriptor that holds a file or folder, as others may too, until it is closed or its process ends."""
+    lease = os.open(path, os.O_RDONLY)
+    fcntl.flock(lease, fcntl.LOCK_SH)
+    return lease
+
+
+def in_use(path: Path) -> bool:
+    """Whether a live process holds a file or folder by :func:`lock`."""
+    lease = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

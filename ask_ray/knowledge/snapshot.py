@@ -7,12 +7,14 @@ manifest is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from ask_ray.config import UserError
 from ask_ray.knowledge import index as indexes
-from ask_ray.knowledge.cache import Cache, Copy
+from ask_ray.knowledge.cache import Cache, Copy, in_use, lock
 from ask_ray.storage import Folder, digest_bytes, digest_file
 
 FORMAT = 2
@@ -170,8 +173,12 @@ def versions(home: Folder) -> list[int]:
     Raises:
         StorageError: if they cannot be listed.
     """
-    named = [int(name[1:]) for name in home.names() if re.fullmatch(r"v\d{6,}", name)]
-    return [version for version in sorted(named) if folder_of(home, version).exists(MANIFEST)]
+    return [version for version in _numbers(home) if folder_of(home, version).exists(MANIFEST)]
+
+
+def _numbers(home: Folder) -> list[int]:
+    """The numbers of all folders of versions, finished or not, in their order."""
+    return sorted(int(name[1:]) for name in home.names() if re.fullmatch(r"v\d{6,}", name))
 
 
 def publish(
@@ -194,11 +201,10 @@ def publish(
         the manifest.
 
     Raises:
-        StorageError: if it cannot be written; there is no version then.
+        StorageError: if it cannot be written; there is no version then, and what was written of it is removed if that can be.
     """
     target = folder_of(home, version)
-    staging = _staging(home)
-    try:
+    with _staging(home) as staging:
         pq.write_table(entries.table(), staging / ENTRIES)
         for name, array in zip(ARRAYS, (rows.audio, rows.text, paired.audio, paired.text), strict=True):
             np.save(staging / f"{name}.npy", array)
@@ -217,24 +223,59 @@ def publish(
         }
         manifest["digest"] = _digest(manifest)
         target.delete()  # what an interrupted try may have left
-        target.upload(staging)
-        target.write_json(MANIFEST, manifest)
+        try:
+            target.upload(staging)
+            target.write_json(MANIFEST, manifest)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(target)
+            raise
         return manifest
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _staging(home: Folder) -> Path:
-    """A local folder to build in, under the versions if they are local: their disk is the one meant for it."""
+def _remove(folder: Folder) -> None:
+    """Remove a version, its manifest first, so that one half removed is none."""
+    folder.remove(MANIFEST)
+    folder.delete()
+
+
+@contextlib.contextmanager
+def _staging(home: Folder) -> Iterator[Path]:
+    """A local folder to build in, under the versions if they are local: their disk is the one meant for it. It is removed in the
+    end; one that is left by a refresh that was ended is removed before the next is made."""
     local = home.local
     if local is None:
-        return Path(tempfile.mkdtemp(prefix="ask_ray-snapshot-"))
+        with _temporary() as made:
+            yield made
+        return
     for name in Folder(str(local)).names():
-        if name.startswith(".staging-"):  # a refresh that was ended left it, and only one runs at a time
+        if name.startswith(".staging-"):  # only one refresh runs at a time
             (Folder(str(local)) / name).delete()
     made = local / f".staging-{uuid.uuid4().hex}"
     made.mkdir(parents=True)
-    return made
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder in the system's temporary folder, held as long as the `with` lasts. What other runs hold there stays."""
+    root = Path(tempfile.gettempdir()) / f"ask_ray-staging-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(root / "lock"):
+        for left in root.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its process removed it just now
+                if left.is_dir() and not in_use(left):
+                    shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(dir=root))
+        lease = lock(made)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(lease)
 
 
 def open_snapshot(
@@ -264,7 +305,12 @@ def open_snapshot(
     local, copy = folder.local, None
     if local is None:
         sizes = {name: told["bytes"] for name, told in manifest["files"].items()}
-        copy = cache.hold(manifest["digest"], sizes, lambda target: _fetch(folder, manifest, target))
+        copy = cache.hold(
+            manifest["digest"],
+            sizes,
+            fetch=lambda target: _fetch(folder, manifest, target),
+            intact=lambda path: _intact(path, folder, manifest),
+        )
         local = copy.path
     else:
         _verify(local, folder, manifest)
@@ -320,6 +366,15 @@ def _verify(local: Path, folder: Folder, manifest: dict[str, Any]) -> None:
             raise SnapshotError(f"{place}: its digest differs from the manifest's: the file is damaged")
 
 
+def _intact(local: Path, folder: Folder, manifest: dict[str, Any]) -> bool:
+    """Whether the files in `local` can be read and are those that the manifest names."""
+    try:
+        _verify(local, folder, manifest)
+    except (SnapshotError, OSError):
+        return False
+    return True
+
+
 def _fetch(folder: Folder, manifest: dict[str, Any], target: Path) -> None:
     """Download a version and verify it."""
     try:
@@ -330,7 +385,9 @@ def _fetch(folder: Folder, manifest: dict[str, Any], target: Path) -> None:
 
 
 def prune(home: Folder, keep: int, needed: Iterable[int]) -> list[int]:
-    """Remove all but the newest `keep` versions and those still needed.
+    """Remove all but the newest `keep` versions and those still needed, and what tries that came to nothing left.
+
+    What is unfinished and older than the newest version is such: a version's number is higher than those of all finished before.
 
     Returns:
         the versions removed.
@@ -338,10 +395,12 @@ def prune(home: Folder, keep: int, needed: Iterable[int]) -> list[int]:
     Raises:
         StorageError: if the storage cannot be reached: some may be left.
     """
-    there = versions(home)
+    numbers, there = _numbers(home), versions(home)
     safe = {*there[-keep:], *needed}
     gone = [version for version in there if version not in safe]
     for version in gone:
-        folder_of(home, version).remove(MANIFEST)  # first, so that one half removed is none
-        folder_of(home, version).delete()
+        _remove(folder_of(home, version))
+    for number in numbers:
+        if number not in there and number not in safe and number < max(there, default=0):
+            folder_of(home, number).delete()
     return gone

@@ -31,8 +31,12 @@ def fetch_of(size: int, fetched: list[int] | None = None) -> Callable[[Path], No
     return fetch
 
 
+def intact(copy: Path) -> bool:
+    return set((copy / "a").read_bytes()) <= {1}
+
+
 def hold(cache: Cache, key: str, size: int = MIB, fetched: list[int] | None = None) -> Copy:
-    return cache.hold(key, {"a": size}, fetch_of(size, fetched))
+    return cache.hold(key, {"a": size}, fetch_of(size, fetched), intact)
 
 
 def kept(cache: Cache) -> set[str]:
@@ -54,7 +58,7 @@ def fetch(target):
         told.write("x")
     time.sleep(seconds)
     (target / "a").write_bytes(bytes(2**20))
-copy = Cache(folder + "/cache", 2 / 1024).hold(key, {"a": 2**20}, fetch)
+copy = Cache(folder + "/cache", 2 / 1024).hold(key, {"a": 2**20}, fetch, lambda copy: True)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -157,7 +161,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
         raise StorageError("gone")
 
     with pytest.raises(StorageError, match="gone"):
-        cache.hold("one", {"a": MIB}, fail)
+        cache.hold("one", {"a": MIB}, fail, intact)
     assert kept(cache) == set()
     assert (hold(cache, "one").path / "a").stat().st_size == MIB
 
@@ -171,7 +175,7 @@ def test_a_process_that_died_while_fetching_is_in_nobody_s_way(tmp_path):
     assert kept(cache_of(tmp_path)) == {"one"}
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "longer", "all gone"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "longer", "one bit", "zeroed", "all gone"])
 def test_a_copy_damaged_on_disk_is_fetched_again(harm, tmp_path):
     fetched: list[int] = []
     cache = cache_of(tmp_path)
@@ -181,6 +185,10 @@ def test_a_copy_damaged_on_disk_is_fetched_again(harm, tmp_path):
         os.truncate(file, 9)
     elif harm == "longer":
         file.write_bytes(bytes(MIB + 1))
+    elif harm == "one bit":
+        file.write_bytes(b"\1" * (MIB - 1) + b"\3")
+    elif harm == "zeroed":
+        file.write_bytes(bytes(MIB))
     else:
         file.unlink()
     if harm == "all gone":
@@ -190,6 +198,52 @@ def test_a_copy_damaged_on_disk_is_fetched_again(harm, tmp_path):
     again = hold(cache, "one", fetched=fetched)
     assert fetched == [MIB, MIB]
     assert (again.path / "a").read_bytes() == b"\1" * MIB
+
+
+def test_a_damaged_copy_that_many_ask_for_is_fetched_again_once(tmp_path):
+    fetched: list[int] = []
+    cache = cache_of(tmp_path)
+    (hold(cache, "one", fetched=fetched).path / "a").write_bytes(bytes(MIB))
+    held: list[Copy] = []
+    threads = [threading.Thread(target=lambda: held.append(hold(cache, "one", MIB, fetched))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fetched == [MIB, MIB]
+    assert len(held) == 4
+    assert all(copy.stands() and intact(copy.path) for copy in held)
+
+
+def test_a_copy_is_looked_through_once_in_each_opening_and_while_others_may_fetch(tmp_path):
+    cache, looked = cache_of(tmp_path), []
+
+    def look(copy: Path) -> bool:
+        looked.append(copy.name)
+        if copy.name == "one":
+            with pytest.raises(StorageError, match="fetched meanwhile"):  # by another opening, which would wait for a lock
+                cache.hold("two", {"a": MIB}, fail, look)
+        return True
+
+    def fail(_: Path) -> None:
+        raise StorageError("fetched meanwhile")
+
+    for _ in range(3):
+        cache.hold("one", {"a": MIB}, fetch_of(MIB), look)
+    assert looked == ["one", "one"], "the first time, fetching verifies"
+
+
+def test_a_copy_is_on_the_disk_before_it_is_at_its_place(tmp_path, monkeypatch):
+    cache, synced, sync = cache_of(tmp_path), [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((place.name, (cache.root / "one").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    hold(cache, "one")
+    assert {("a", False), (".fetching", False), ("cache", True)} <= set(synced)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_its_setting(tmp_path):
