@@ -131,11 +131,12 @@ class Refiner:
     """
 
     def __init__(self, plan: RefreshPlan, journal: Journal) -> None:
+        """Reads nothing: Ray does not restart an actor whose start failed."""
         self._plan = plan
         self._journal = journal
-        there = snapshot.versions(plan.home)
-        self._last = max(there, default=0)
-        self._line = _known_line(plan.home, there)
+        self._recalled: asyncio.Task[None] | None = None
+        self._last = 0
+        self._line: list[int] = []
         self._live = 0
         self._latest = 0  # step of the newest weights taken
         self._pinned: set[int] | None = None
@@ -147,8 +148,32 @@ class Refiner:
         self._moved = 0.0
         self._worker: asyncio.Task[None] | None = None
 
+    async def _recall(self) -> None:
+        """Know what was published before this actor started. Read once, by the first who needs it.
+
+        Raises:
+            StorageError: if the storage cannot be reached. Whoever needs it next reads again.
+        """
+        if self._recalled is None or (self._recalled.done() and self._recalled.exception() is not None):
+            self._recalled = asyncio.create_task(self._read())
+        await asyncio.shield(self._recalled)
+
+    async def _read(self) -> None:
+        there = await asyncio.to_thread(snapshot.versions, self._plan.home)
+        try:
+            line = await asyncio.to_thread(_known_line, self._plan.home, there)
+        except ValueError as error:  # no version of an unknown line is swapped in: a restart may have taken it back
+            self._journal.tell("not read", file=LINE, problem=str(error))
+            line = []
+        self._last, self._line = max(there, default=0), line
+
     async def start_from(self, version: int) -> None:
-        """Begin (again) at a version, 0 for none: later ones belong to steps that a restart took back."""
+        """Begin (again) at a version, 0 for none: later ones belong to steps that a restart took back.
+
+        Raises:
+            StorageError: if this actor has just started and the storage cannot be reached. Nothing has changed then.
+        """
+        await self._recall()
         self._give_up()
         self._latest = 0
         self._line = [version] if version else []
@@ -180,7 +205,7 @@ class Refiner:
         self._outcomes[request.ticket] = Outcome(known=True, over=False, version=None)
         self._latest = request.step
         self._pending = (request, weights)
-        if self._worker is None or self._worker.done():
+        if not self._running:
             self._worker = asyncio.create_task(self._work())
 
     async def outcome(self, ticket: str, wait_seconds: float) -> Outcome:
@@ -192,7 +217,12 @@ class Refiner:
         return found
 
     async def next_after(self, version: int, wait_seconds: float) -> int | None:
-        """The first version of the line after `version`; waits a while for one."""
+        """The first version of the line after `version`; waits a while for one.
+
+        Raises:
+            StorageError: if this actor has just started and the storage cannot be reached.
+        """
+        await self._recall()
         end = time.monotonic() + wait_seconds
         while not (later := [known for known in self._line if known > version]) and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -208,20 +238,28 @@ class Refiner:
         self._live = version
 
     async def refused(self, version: int) -> None:
-        """A worker could not use `version`: it leaves the line, and is made again if it is the newest."""
+        """A worker could not use `version`: it leaves the line, and is made again if it is the newest and no newer weights were
+        taken since."""
+        await self._recall()
         if version not in self._line or version == self._live:
             return
-        newest = version == self._line[-1]
+        again = version == self._line[-1] and not self._running and self._pending is None
         self._line.remove(version)
-        if newest and self._newest and self._pending is None and self._refusals + 1 < self._plan.knowledge.refresh.attempts:
-            self._refusals += 1
+        if again and self._newest and self._refusals + 1 < self._plan.knowledge.refresh.attempts:
             request, weights = self._newest
-            self._take(replace(request, reason=f"v{version} was refused"), weights)
+            if request.step >= self._latest:
+                self._refusals += 1
+                self._take(replace(request, reason=f"v{version} was refused"), weights)
 
     async def pin(self, versions: list[int]) -> None:
         """The versions that kept checkpoints name; nothing is pruned before the first call."""
         self._pinned = set(versions)
-        self._prune()
+        await self._prune()
+
+    @property
+    def _running(self) -> bool:
+        """Whether a request is under way."""
+        return self._worker is not None and not self._worker.done()
 
     def _give_up(self) -> None:
         if self._pending is not None:
@@ -248,8 +286,9 @@ class Refiner:
         refresh_settings = self._plan.knowledge.refresh
         pause, problem = refresh_settings.backoff_seconds, ""
         for attempt in range(1, refresh_settings.attempts + 1):
-            self._last += 1
             try:
+                await self._recall()
+                self._last += 1
                 manifest = await self._attempt(request, weights, self._last, refresh_settings.stall_seconds)
             except Exception as error:
                 problem = _told(error)
@@ -260,11 +299,11 @@ class Refiner:
                     await asyncio.sleep(pause)
                     pause *= 2
                 continue
-            self._published(request, weights, manifest)
+            await self._published(request, weights, manifest)
             return
         self._settle(request, None, f"failed, the last time: {problem}")
 
-    def _published(self, request: Request, weights: ray.ObjectRef, manifest: dict[str, Any]) -> None:
+    async def _published(self, request: Request, weights: ray.ObjectRef, manifest: dict[str, Any]) -> None:
         if self._newest is None or self._newest[0].ticket != request.ticket:
             self._refusals = 0
         self._newest = (request, weights)
@@ -272,7 +311,7 @@ class Refiner:
         facts = {name: value for name, value in manifest.items() if name not in ("files", "run", "digest")}
         self._journal.tell("published", **facts)
         self._settle(request, manifest["version"], "published")
-        self._prune()
+        await self._prune()
 
     async def _attempt(self, request: Request, weights: ray.ObjectRef, version: int, patience: float) -> dict[str, Any]:
         """One try, on a node of the pool, ended when it makes no progress for `patience` seconds: one that waits in vain raises
@@ -299,20 +338,29 @@ class Refiner:
         self._outcomes[request.ticket] = Outcome(known=True, over=True, version=version)
         self._journal.tell("settled", ticket=request.ticket, step=request.step, version=version, outcome=outcome)
 
-    def _prune(self) -> None:
-        if self._pinned is not None:
+    async def _prune(self) -> None:
+        if self._pinned is None:
+            return
+        try:
+            await self._recall()
             needed = self._pinned | {version for version in self._line if version >= self._live}
-            try:
-                snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
-            except OSError as error:  # storage that is away for now: the next refresh prunes again
-                self._journal.tell("not pruned", problem=str(error))
+            snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
+        except OSError as error:  # storage that is away for now: the next refresh prunes again
+            self._journal.tell("not pruned", problem=str(error))
 
 
 def _known_line(home: Folder, there: list[int]) -> list[int]:
-    """The line as the last :meth:`Refiner.start_from` left it, with the versions published since."""
+    """The line as the last :meth:`Refiner.start_from` left it, with the versions published since.
+
+    Raises:
+        ValueError: if the file that tells of it is damaged.
+        StorageError: if it cannot be read.
+    """
     if not home.exists(LINE):
         return []
     told = home.read_json(LINE)
+    if not isinstance(told, dict) or not all(isinstance(told.get(name), int) for name in ("from", "after")):
+        raise ValueError("it does not tell from which version on the line goes")
     return [version for version in there if version == told["from"] or version > told["after"]]
 
 

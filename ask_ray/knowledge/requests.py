@@ -15,6 +15,14 @@ from ask_ray.knowledge.refiner import Outcome, Request
 #: Exceptions of a refiner that is away for now: it restarts by itself.
 AWAY = (ray.exceptions.RayError, ray.exceptions.GetTimeoutError)
 
+#: So many answers in a row, half a second apart, that it has died mean that it stays dead: Ray calls one that it restarts
+#: unavailable, or lets the caller wait.
+DEATHS = 10
+
+
+class RefinerDied(RuntimeError):
+    """The refiner is dead, and Ray does not restart it."""
+
 
 class Requests:
     """The newest request of a run. A background thread follows it, so that a step never waits for the refiner."""
@@ -23,6 +31,8 @@ class Requests:
         self._refiner = refiner
         self._open: tuple[Request, list[ray.ObjectRef]] | None = None
         self._version: int | None = None
+        self._deaths = 0
+        self._dead: str | None = None  # why the refiner does not come back
         self._changed = threading.Condition()
         self._stopped = False
         threading.Thread(target=self._follow, name="refresh-requests", daemon=True).start()
@@ -46,9 +56,15 @@ class Requests:
             self._changed.notify_all()
 
     def wait(self) -> int | None:
-        """Wait for the newest request's end: its version, or None if it gave none."""
+        """Wait for the newest request's end: its version, or None if it gave none.
+
+        Raises:
+            RefinerDied: if it will never end.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._open is None)
+            self._changed.wait_for(lambda: self._open is None or self._dead is not None)
+            if self._open is not None:
+                raise RefinerDied(f"the refiner is dead and is not restarted, so no knowledge base can be made: {self._dead}")
             return self._version
 
     def stop(self) -> None:
@@ -61,7 +77,7 @@ class Requests:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._open is not None)
-                if self._stopped or self._open is None:
+                if self._stopped or self._open is None or self._dead is not None:
                     return
                 followed = self._open
             self._look(*followed)
@@ -69,9 +85,11 @@ class Requests:
     def _look(self, request: Request, weights: list[ray.ObjectRef]) -> None:
         try:
             found = Outcome(*ray.get(self._refiner.outcome.remote(request.ticket, 5.0), timeout=30))
-        except AWAY:
+        except AWAY as error:
+            self._missed(error)
             time.sleep(0.5)
             return
+        self._deaths = 0
         if not found.known:  # it died with the refiner, and the weights are still held here
             self._refiner.request.remote(request, weights)
         elif found.over:
@@ -79,3 +97,11 @@ class Requests:
                 if self._open is not None and self._open[0] is request:
                     self._open, self._version = None, found.version
                     self._changed.notify_all()
+
+    def _missed(self, error: BaseException) -> None:
+        """Count the answers in a row that the refiner has died."""
+        self._deaths = self._deaths + 1 if isinstance(error, ray.exceptions.ActorDiedError) else 0
+        if self._deaths >= DEATHS:
+            with self._changed:
+                self._dead = str(error).strip().splitlines()[-1].strip()
+                self._changed.notify_all()

@@ -19,10 +19,10 @@ from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.encoding import EncodingPlan
 from ask_ray.knowledge.refiner import Outcome, Refiner, RefreshPlan, Request
 from ask_ray.knowledge.replica import Replica
-from ask_ray.knowledge.requests import Requests
+from ask_ray.knowledge.requests import RefinerDied, Requests
 from ask_ray.knowledge.sources import Source
 from ask_ray.models import registry
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError
 
 RATE, RUN, CLIPS = 8000, "run", 10
 MODEL = ModelSettings(width=0.1, dim=16)
@@ -187,6 +187,48 @@ def test_a_request_that_died_with_the_refiner_is_asked_again(bench):
     assert [event["encoder_step"] for event in bench.events("published")] == [3]
 
 
+def test_a_refiner_that_restarts_while_storage_is_away_knows_its_line_when_it_is_back(bench, tmp_path):
+    bench.call("start_from", 0)
+    assert bench.settled(bench.request(4)) == (True, 1)
+    bench.home.local.rename(tmp_path / "away")
+    bench.home.local.write_bytes(b"no folder")
+    ray.kill(bench.refiner, no_restart=False)
+    requests = Requests(bench.refiner)
+    requests.ask(5, "a test", ray.get(bench.weights["good"]))
+    assert requests.wait() is None
+    requests.stop()
+    assert [event["attempt"] for event in bench.events("failed")] == [1, 2]
+    with pytest.raises(StorageError, match="knowledge"):
+        bench.next_after(0)
+    bench.home.local.unlink()
+    (tmp_path / "away").rename(bench.home.local)
+    assert bench.next_after(0) == 1
+    assert bench.settled(bench.request(6)) == (True, 2)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"from": 1, "after": null}'])
+def test_a_damaged_line_is_told_and_costs_no_more_than_the_line(bench, content):
+    (bench.home / "v000001").write("manifest.json", b"{}")  # counts as a version, though none is that could be opened
+    bench.home.write("line.json", content)
+    assert bench.next_after(0) is None
+    assert [event["file"] for event in bench.events("not read")] == ["line.json"]
+    bench.call("start_from", 1)
+    assert bench.next_after(0) == 1
+
+
+def test_a_request_to_a_refiner_that_is_dead_for_good_ends_with_an_error(bench):
+    requests = Requests(bench.refiner)
+    bench.call("start_from", 0)
+    ray.kill(bench.refiner)
+    requests.ask(3, "a test", {})
+    with pytest.raises(RefinerDied, match="is not restarted"):
+        requests.wait()
+    requests.ask(4, "a test", {})
+    with pytest.raises(RefinerDied, match="is not restarted"):
+        requests.wait()
+    requests.stop()
+
+
 def test_what_fails_is_tried_again_then_given_up_and_the_old_version_stays(bench):
     blocked = bench.home.local / "v000001"
     blocked.parent.mkdir(parents=True)
@@ -227,6 +269,22 @@ def test_a_version_that_a_worker_refused_is_made_again(bench):
     time.sleep(0.3)
     assert bench.next_after(0) is None
     assert len(bench.events("requested")) == 1
+
+
+@pytest.mark.parametrize("kind", ["good", "broken"])
+def test_a_version_that_a_worker_refused_never_follows_newer_weights(bench, kind):
+    """Whether those make a version of their own or none."""
+    bench.call("start_from", 0)
+    assert bench.settled(bench.request(8)) == (True, 1)
+    newer = bench.request(9, kind)
+    bench.call("refused", 1)
+    assert bench.settled(newer) == (True, 2 if kind == "good" else None)
+    wait_for(lambda: len(bench.events("settled")) == 2)
+    time.sleep(0.5)
+    assert {event["step"] for event in bench.events("started")} == {8, 9}
+    assert len(bench.events("started")) == 2
+    late = bench.request(8)
+    assert bench.outcome(late) == "superseded by newer weights"
 
 
 def test_an_urgent_request_ends_what_is_under_way(bench):
