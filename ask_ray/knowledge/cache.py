@@ -136,19 +136,22 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # for folders, some filesystems cannot
+            raise
     finally:
         os.close(descriptor)
 
 
 def lock(path: Path) -> int:
-    """A descriptor that holds a file or folder, as others may too, until it is closed or its process ends."""
+    """A descriptor that holds a file, as others may too, until it is closed or its process ends."""
     lease = os.open(path, os.O_RDONLY)
     fcntl.flock(lease, fcntl.LOCK_SH)
     return lease
 
 
 def in_use(path: Path) -> bool:
-    """Whether a live process holds a file or folder by :func:`lock`."""
+    """Whether a live process holds a file by :func:`lock`."""
     lease = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)

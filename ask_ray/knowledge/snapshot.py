@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from ask_ray.config import UserError
 from ask_ray.knowledge import index as indexes
-from ask_ray.knowledge.cache import Cache, Copy, in_use, lock
+from ask_ray.knowledge.cache import LEASE, Cache, Copy, in_use, lock
 from ask_ray.storage import Folder, digest_bytes, digest_file
 
 FORMAT = 2
@@ -266,13 +266,15 @@ def _temporary() -> Iterator[Path]:
     root.mkdir(mode=0o700, exist_ok=True)
     with FileLock(root / "lock"):
         for left in root.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # its process removed it just now
-                if left.is_dir() and not in_use(left):
+            with contextlib.suppress(OSError):  # removed by its process just now, or on a filesystem without such locks
+                if left.is_dir() and not in_use(left / LEASE):
                     shutil.rmtree(left, ignore_errors=True)
         made = Path(tempfile.mkdtemp(dir=root))
-        lease = lock(made)
+        (made / LEASE).touch()
+        lease = lock(made / LEASE)
     try:
-        yield made
+        (made / "files").mkdir()
+        yield made / "files"
     finally:
         shutil.rmtree(made, ignore_errors=True)
         os.close(lease)

@@ -328,12 +328,13 @@ def test_what_an_ended_try_left_in_the_temporary_folder_is_removed_and_what_anot
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     remote = Folder.at(s3.uri(f"bucket/{tmp_path.name}"))
     with snapshot._staging(remote) as other:
-        left = other.parent / "left"
+        root = other.parent.parent
+        left = root / "left"
         left.mkdir()
-        (left / "audio.npy").write_bytes(b"half")
+        (left / ".lease").touch()
         put(remote, 1)
-        assert [path for path in other.parent.iterdir() if path.is_dir()] == [other]
-    assert not other.exists()
+        assert [path for path in root.iterdir() if path.is_dir()] == [other.parent]
+    assert [path for path in root.iterdir() if path.is_dir()] == []
     assert snapshot.versions(remote) == [1]
 
 
