@@ -123,6 +123,7 @@ class TrainingBatches:
             _Epoch(self, epoch, first),
             batch_size=None,
             num_workers=loaders,
+            generator=torch.Generator(),  # not the model's: an epoch that is taken up would draw one number more of it
             multiprocessing_context=_loader_context() if loaders else None,
         )
 

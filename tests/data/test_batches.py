@@ -180,6 +180,12 @@ def test_an_epoch_taken_up_at_a_step_goes_on_as_if_never_stopped(skipped, loader
         assert_same(one, other)
 
 
+def test_an_epoch_draws_none_of_the_models_random_numbers(small_corpus):
+    before = torch.get_rng_state()
+    next(batches_of(small_corpus).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("data", [{"cache_mib": 0}, {"cache_mib": 0, "loader_processes": 1}, {"cache_mib": 1}])
 def test_a_small_cache_costs_time_not_clips(data, small_corpus, captions):
     made = [batch for rank in range(2) for batch in batches_of(small_corpus, rank=rank, **data).epoch(0)]
