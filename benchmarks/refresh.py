@@ -39,6 +39,7 @@ from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries
 from ask_ray.knowledge.sources import sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
+from ask_ray.training.gauges import Gauges
 from ask_ray.training.step import Stepper
 from ask_ray.training.upkeep import Upkeep
 
@@ -93,7 +94,7 @@ def encoding(prepared: str, rounds: int, clips: int) -> bool:
     try:
         corpus = prepare(settings.data)
         pool = PoolSettings(cpus=0.5)
-        plan = EncodingPlan(sources_of([TRAIN], str(corpus.folder)), 1, settings.data.max_seconds, settings.model, pool)
+        plan = EncodingPlan(sources_of([TRAIN], corpus.folder.uri), 1, settings.data.max_seconds, settings.model, pool)
         weights = ray.put(registry.build(settings.model, corpus.sample_rate).state_dict())
         loop = Loop.options(num_cpus=pool.cpus).remote(plan, [weights])  # type: ignore[attr-defined]
         ratios, loops = [], []
@@ -167,7 +168,8 @@ class Rank:
         self._batch = batch_of(model, 32, 64000, rank)
         cpu = torch.device("cpu")
         replica = Replica(line, Folder(place) / "knowledge", "benchmark", dim, cpu, journal, rank)
-        self._upkeep = Upkeep(self._settings.knowledge, replica, line, journal, model, 10**6, rank, cpu)
+        gauges = Gauges("benchmark")
+        self._upkeep = Upkeep(self._settings.knowledge, replica, line, journal, gauges, model, 10**6, rank, cpu)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         self._stepper = Stepper(wrapped, model, self._settings, 10**6, cpu)
 

@@ -1,10 +1,12 @@
 """What tests share: one Ray session, small recordings on disk, a prepared corpus, object storage on this machine."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +110,21 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def scraped(ray_session) -> Callable[[str], dict[str, float]]:
+    """A function that gives a run's figures as Prometheus would read them."""
+    import ray
+
+    def read(run: str) -> dict[str, float]:
+        (node,) = (node for node in ray.nodes() if node["Alive"])
+        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
+            told = answer.read().decode()
+        found = re.findall(rf'^ray_ask_ray_(\w+)\{{.*?run="{run}".*?\}} (\S+)$', told, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    return read
 
 
 @pytest.fixture(scope="session")

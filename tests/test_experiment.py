@@ -207,10 +207,40 @@ def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert checkpoint.pinned_versions(run), "no checkpoint was written in time"
-    result = experiment.run(settings, quiet())
+    heard: list[dict] = []
+    result = experiment.run(settings, quiet(), listen=heard.append)
+    (began,) = (event for event in heard if event["kind"] == "began")
+    assert began["step"] > 0, "it began anew"
     assert result["steps"] == 24
     assert result["epochs"] == 3
     assert result["final"] == sync_run["final"]
+    assert weights_of(result) == weights_of(sync_run)
+
+
+def weights_of(result: dict) -> bytes:
+    """The model that a run ended with."""
+    with checkpoint.newest(Folder(result["folder"])) as folder:
+        return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_whose_worker_is_killed_decides_and_ends_as_an_unbroken_one_by_drift(ray_session: None, home: Path) -> None:
+    refresh = {"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "poll_steps": 3}
+    knowledge = {"refresh": refresh, "corrections": {"write_back": False, "drift_map": False}}
+    whole = experiment.run(settings_of(home, run={"name": "drift"}, knowledge=knowledge), quiet())
+    heard: list[dict] = []
+
+    def listen(event: dict) -> None:
+        heard.append(event)
+        began = sum(told["kind"] == "began" for told in heard)
+        if event["kind"] == "swapped" and event["step"] == 16 and began == 1:  # epoch 2 and its checkpoint are done
+            kill_the_first("ray::RayTrainWorker")
+
+    broken = experiment.run(settings_of(home, run={"name": "drift-killed"}, knowledge=knowledge), quiet(), listen=listen)
+    assert [event["step"] for event in heard if event["kind"] == "began"] == [0, 16]
+    reasons = [{row["encoder_step"]: row["reason"] for row in result["refreshes"]} for result in (whole, broken)]
+    assert "RDM" in reasons[0][16], "decided by steps before the checkpoint"
+    assert reasons[0] == reasons[1]
+    assert weights_of(broken) == weights_of(whole)
 
 
 def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is_killed(sync_run: dict, home: Path) -> None:

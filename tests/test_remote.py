@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from ask_ray import experiment, inspection
-from ask_ray.config import Settings, load
+from ask_ray.config import Settings, load, with_values
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare, write_shard
@@ -136,7 +137,7 @@ def settings_of(storage: str, prepared: str, home: Path, **training: object) -> 
             "ask": {"prototypes": 8},
             "knowledge": {
                 "cache": str(home / "cache"),
-                "drift_probe": 0,
+                "drift_probe": 16,
                 "refresh": {"interval": 1, "mode": "sync", "poll_steps": 1, "warmup_epochs": 1},
             },
             "training": {"epochs": 2, "batch_size": 16, "workers": 1, "evaluate_every": 0, **training},
@@ -175,6 +176,56 @@ def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_pa
     assert f"Continuing run remote in {place}" in told.replace("\n", "")
     for text in (told, place.read("result.json").decode(), (tmp_path / "figures.json").read_text()):
         assert s3.secret not in text
+
+
+def test_a_checkpoint_is_saved_though_storage_was_away_and_the_run_goes_on_meanwhile(ray_session, start_s3, tmp_path):
+    server = start_s3()
+    settings = settings_of(server.uri("bucket/runs"), str(tmp_path / "prepared"), tmp_path, epochs=30)
+    heard = []
+
+    def listen(event: dict) -> None:
+        heard.append(event)
+        if event["kind"] == "began":
+            server.process.send_signal(signal.SIGSTOP)
+        elif event["kind"] == "not uploaded":
+            server.process.send_signal(signal.SIGCONT)
+
+    result = experiment.run(with_values(settings, {"ask.enabled": False}), Console(quiet=True), listen)
+    assert result["steps"] == 180
+    kinds = [event["kind"] for event in heard]
+    assert "not uploaded" in kinds
+    assert kinds.count("began") == 1
+    assert all(server.secret not in event["problem"] for event in heard if "problem" in event)
+    with checkpoint.newest(Folder.at(server.uri("bucket/runs/remote"))) as folder:
+        assert checkpoint.place_of(folder).step == 180
+
+
+def test_a_checkpoint_is_fetched_when_storage_is_back(start_s3):
+    server = start_s3()
+    saved = Folder.at(server.uri("bucket/runs/one/checkpoint_a"))
+    saved.write("state.json", b"{}")
+    heard: list[StorageError] = []
+
+    def tell(error: StorageError) -> None:
+        heard.append(error)
+        server.process.send_signal(signal.SIGCONT)
+
+    server.process.send_signal(signal.SIGSTOP)
+    with checkpoint.fetched(saved, tell) as folder:
+        assert (folder / "state.json").read_bytes() == b"{}"
+    assert heard
+    assert not folder.exists()
+
+
+def test_storage_that_stays_away_is_an_error_in_the_end(start_s3, monkeypatch):
+    server = start_s3()
+    saved = Folder.at(server.uri("bucket/runs/one/checkpoint_a"))
+    server.stop()
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.6)
+    heard: list[StorageError] = []
+    with pytest.raises(StorageError, match="checkpoint_a"), checkpoint.fetched(saved, heard.append):
+        pass
+    assert heard
 
 
 @pytest.mark.parametrize("setting", ["run.storage", "data.prepared"])

@@ -228,10 +228,13 @@ class Replica:
             self._loaded = {number: known for number, known in self._loaded.items() if number > version}
 
     def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:
-        """Wait until the background thread has loaded or refused `version`."""
+        """Wait until the background thread has loaded or refused `version`; one that takes longer is told as refused."""
         end = time.monotonic() + seconds
         while not self.seen(version) and time.monotonic() < end:
             time.sleep(0.005)
+        if not self.seen(version):
+            problem = f"not loaded in {seconds:g} s: v{self.version} stays in use"
+            self._journal.tell("refused", version=version, rank=self._rank, problem=problem)
 
     def _open(self, version: int) -> Knowledge:
         gpu = (self._device.index or 0) if self._device.type == "cuda" else None

@@ -1,8 +1,8 @@
 """Checkpoints as plain files: safetensors and JSON, nothing that runs code when it is opened.
 
 ``model.safetensors`` · ``optimizer.safetensors`` · ``random.safetensors`` (states of each rank) · ``memory.safetensors`` (the
-cross-batch memory and the corrected entries, where there are any) · ``state.json`` (where the run stands, scheduler,
-optimizer groups) · ``settings.yaml``.
+cross-batch memory, the corrected entries and the drift read since the last decision, where there are any) · ``state.json``
+(where the run stands, scheduler, optimizer groups) · ``settings.yaml``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import contextlib
 import json
 import math
 import random
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import ray.train
 import torch
-from ray.train import Result
+from ray.train import Checkpoint, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,13 +30,20 @@ from ask_ray import config
 from ask_ray.config import Settings, UserError
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError
 
 PREFIX = "checkpoint_"
 
 #: Ray Train's list of them.
 CHECKPOINTS = "checkpoint_manager_snapshot.json"
 MEMORY = "memory.safetensors"
+
+#: Seconds for which storage that is away is tried again, and the longest pause between two tries. Ray Train itself tries an
+#: upload up to three times, and a process group waits for a rank half an hour.
+PATIENCE, LONGEST_PAUSE = 300.0, 15.0
+
+Made = TypeVar("Made")
+Tell = Callable[[StorageError], None]
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -205,6 +215,57 @@ def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
         raise CheckpointError(f"{run}: the run has no checkpoint {wanted}")
     with found[-1].as_directory() as folder:
         yield Path(folder)
+
+
+def patiently(act: Callable[[], Made], tell: Tell) -> Made:
+    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`; `tell` hears of every failure.
+
+    Raises:
+        StorageError: the last one.
+    """
+    end, pause = time.monotonic() + PATIENCE, 0.5
+    while True:
+        try:
+            return act()
+        except StorageError as error:
+            tell(error)
+            if time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def uploading(run: Folder, tell: Tell) -> Callable[[Checkpoint, str], Checkpoint]:
+    """How Ray Train's worker copies a checkpoint to the run's folder: as it does by itself, but :func:`patiently`."""
+
+    def upload(saved: Checkpoint, name: str) -> Checkpoint:
+        def copy() -> Checkpoint:
+            try:
+                copied: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(saved, name)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise StorageError(f"{run / name}: {error}") from error
+            return copied
+
+        return patiently(copy, tell)
+
+    return upload
+
+
+@contextlib.contextmanager
+def fetched(saved: Folder, tell: Tell) -> Iterator[Path]:
+    """A checkpoint as a local folder, as long as the context lasts; from remote storage a copy, made :func:`patiently`.
+
+    Each process makes its own. What :meth:`ray.train.Checkpoint.as_directory` shares between those of a node, it also shares
+    when it could not be fetched whole.
+    """
+    if saved.local is not None:
+        yield saved.local
+        return
+    with tempfile.TemporaryDirectory(prefix="ask_ray-checkpoint-") as made:
+        patiently(lambda: saved.download(Path(made)), tell)
+        yield Path(made)
 
 
 def pinned_versions(run: Folder) -> list[int]:

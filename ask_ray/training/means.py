@@ -28,3 +28,16 @@ class Means:
         means = {name: float(total / self.counts[name]) for name, total in self.sums.items() if self.counts[name] > 0}
         self.sums, self.counts = {}, {}
         return means
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added since the last :meth:`take`, for a checkpoint."""
+        held = {"sums": self.sums, "counts": self.counts}
+        return {f"{part}.{name}": value for part, of in held.items() for name, value in of.items()}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Take up what :meth:`state` told of."""
+        held: dict[str, dict[str, Tensor]] = {"sums": {}, "counts": {}}
+        for key, value in state.items():
+            part, name = key.split(".", 1)
+            held[part][name] = value.to(device)
+        self.sums, self.counts = held["sums"], held["counts"]

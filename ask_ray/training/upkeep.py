@@ -17,13 +17,18 @@ from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.knowledge.requests import Requests
 from ask_ray.knowledge.snapshot import SnapshotError
 from ask_ray.models.dual_encoder import DualEncoder
+from ask_ray.training.checkpoint import patiently
 from ask_ray.training.corrections import Corrections
 from ask_ray.training.gather import agree_on_least, tell_all
+from ask_ray.training.gauges import Gauges
 from ask_ray.training.means import Means
 from ask_ray.training.step import Taken
 
-#: What of a checkpoint's memory is an overlay, and what the corrections' window.
-OVERLAY, WINDOW = "overlay.", "window."
+#: What of a checkpoint's memory is an overlay, what the corrections' window, and what the drift read since the last decision.
+OVERLAY, WINDOW, DRIFT = "overlay.", "window.", "drift."
+
+#: Seconds after which ranks that wait for a refresh meet again.
+MEETING_SECONDS = 1.0
 
 
 class Upkeep:
@@ -35,12 +40,14 @@ class Upkeep:
         replica: Replica,
         refiner: ActorHandle,
         journal: Journal,
+        gauges: Gauges,
         model: DualEncoder,
         steps_per_epoch: int,
         rank: int,
         device: torch.device,
     ) -> None:
         self._settings, self._replica, self._refiner, self._journal = settings, replica, refiner, journal
+        self._gauges, self._adaptive = gauges, settings.refresh.policy == "adaptive"
         self._model, self._rank, self._device = model, rank, device
         self._policy = policy_of(settings.refresh, steps_per_epoch)
         self._requests = Requests(refiner) if rank == 0 else None
@@ -79,6 +86,7 @@ class Upkeep:
             self._corrections.begin(step)
             if known is not None and memory:
                 self._restore(known, memory)
+        self._drift.restore(part_of(memory, DRIFT), self._device)
         in_use = known.encoder_step if known is not None else None
         self.asked = asked if asked is None or (in_use is not None and asked <= in_use) else in_use
         self._replica.watch(version)
@@ -91,10 +99,13 @@ class Upkeep:
         tell_all(None)  # no rank asks for later versions before the refiner has forgotten them
 
     def _opened(self, version: int) -> bool:
+        told = {"version": version, "rank": self._rank}
         try:
-            self._replica.open(version)
+            patiently(
+                lambda: self._replica.open(version), lambda error: self._journal.tell("unreadable", **told, problem=str(error))
+            )
         except SnapshotError as error:
-            self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
+            self._journal.tell("refused", **told, problem=str(error))
             return False
         return True
 
@@ -126,9 +137,8 @@ class Upkeep:
         """Read drift from a step, and correct stored entries by it. `step` counts the step."""
         if taken.pairs is None:
             return
-        rdm = (taken.figures["rdm_audio"] + taken.figures["rdm_text"]) / 2
-        if self._settings.refresh.signal == "batch":
-            self._drift.add(rdm=rdm)
+        if self._adaptive and self._settings.refresh.signal == "batch":
+            self._drift.add(rdm=(taken.figures["rdm_audio"] + taken.figures["rdm_text"]) / 2)
         known = self._replica.current
         if self._corrections is not None and known is not None and known.overlay is not None:
             started = time.perf_counter()
@@ -142,13 +152,12 @@ class Upkeep:
     def probe_due(self, step: int) -> bool:
         """Whether the policy wants a probe before this step."""
         refresh = self._settings.refresh
-        wanted = refresh.policy == "adaptive" and refresh.signal == "probe" and self.version > 0
+        wanted = self._adaptive and refresh.signal == "probe" and self.version > 0
         return wanted and step % refresh.probe_steps == 0
 
     def _due(self, step: int, epoch_starts: bool) -> str | None:
         assert self._requests is not None
-        reads = self._settings.refresh.policy == "adaptive"  # only then is a number worth waiting for the device
-        drift = self._drift.take().get("rdm") if reads else None
+        drift = self._drift.take().get("rdm")
         unseen = self._requests.version is not None and not self._replica.seen(self._requests.version)
         busy = self._requests.busy or unseen
         return self._policy.reason(Moment(step, epoch_starts, self.asked, self.version > 0, busy, drift))
@@ -165,12 +174,32 @@ class Upkeep:
             self._requests.ask(step, reason, weights, urgent)
             self._journal.tell("asked", step=step, reason=reason, seconds=time.perf_counter() - started)
         if wait:
-            version = tell_all(self._requests.wait() if self._requests is not None else None)
+            version = self._awaited()
             if version is not None:
                 self._replica.wait_until_seen(version)
             self._swap(step)
             if self._rank == 0:
                 self._journal.tell("waited", step=step, seconds=time.perf_counter() - started)
+
+    def _awaited(self) -> int | None:
+        """The version that the newest request gives, on every rank.
+
+        All meet again and again until it is over, however long it takes: a rank that waited for rank 0 in one collective would be
+        ended with the process group's patience.
+        """
+        while tell_all(self._under_way()):
+            pass
+        version: int | None = tell_all(self._requests.wait() if self._requests is not None else None)
+        return version
+
+    def _under_way(self) -> bool:
+        """Whether the newest request is not over, after a short wait for it; rank 0 alone knows."""
+        if self._requests is None:
+            return False
+        end = time.monotonic() + MEETING_SECONDS
+        while self._requests.busy and time.monotonic() < end:
+            time.sleep(0.005)
+        return self._requests.busy
 
     def _swap(self, step: int) -> None:
         """Use the newest version that all ranks have, from this step on (one tiny all-reduce, no barrier besides)."""
@@ -190,6 +219,7 @@ class Upkeep:
         lag = step - known.encoder_step
         self._journal.tell("swapped", rank=self._rank, version=version, step=step, lag_steps=lag, **self._last_swap)
         if self._rank == 0:
+            self._gauges.set(knowledge_version=version, step=step, lag_steps=lag, **self._last_swap)
             self._refiner.swapped.remote(version)
 
     # --- what is told and kept ---
@@ -208,18 +238,20 @@ class Upkeep:
         return facts
 
     def memory(self) -> dict[str, Tensor]:
-        """The corrected entries and the open window, for a checkpoint; empty without corrections."""
+        """For a checkpoint: the drift read since the last decision, and with corrections their entries and the open window."""
+        held = {f"{DRIFT}{name}": value for name, value in self._drift.state().items()}
         known = self._replica.current
         if self._corrections is None or known is None or known.overlay is None:
-            return {}
-        held = {f"{OVERLAY}{name}": torch.from_numpy(value) for name, value in known.overlay.state().items()}
+            return held
+        held |= {f"{OVERLAY}{name}": torch.from_numpy(value) for name, value in known.overlay.state().items()}
         return held | {f"{WINDOW}{name}": value for name, value in self._corrections.state().items()}
 
     def _restore(self, known: Knowledge, memory: dict[str, Tensor]) -> None:
         assert self._corrections is not None
-        parts = {
-            part: {name.removeprefix(part): value for name, value in memory.items() if name.startswith(part)}
-            for part in (OVERLAY, WINDOW)
-        }
-        known.overlay = Overlay.of({name: value.numpy() for name, value in parts[OVERLAY].items()})
-        self._corrections.restore(parts[WINDOW])
+        known.overlay = Overlay.of({name: value.numpy() for name, value in part_of(memory, OVERLAY).items()})
+        self._corrections.restore(part_of(memory, WINDOW))
+
+
+def part_of(memory: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What of a checkpoint's memory has names that begin with `prefix`, by the rest of the name."""
+    return {name.removeprefix(prefix): value for name, value in memory.items() if name.startswith(prefix)}

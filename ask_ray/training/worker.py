@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import deque
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray.train
@@ -28,14 +27,15 @@ from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.models.weights import not_finite
-from ask_ray.storage import Folder, StorageError, masked
+from ask_ray.storage import Folder, masked
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
 from ask_ray.training.gauges import Gauges
 from ask_ray.training.means import Means
+from ask_ray.training.pins import Pins
 from ask_ray.training.step import Stepper, TrainingDiverged
-from ask_ray.training.upkeep import Upkeep
+from ask_ray.training.upkeep import Upkeep, part_of
 
 #: Steps between those that are told to the journal one by one.
 STEPS_TOLD = 10
@@ -73,7 +73,7 @@ class Worker:
         self.plan, self.settings = plan, plan.settings
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
-        self.corpus = Corpus.open(plan.corpus)
+        self.corpus = self._opened()
         checkpoint.seed_everything(self.settings.run.seed, 0)  # the same initial weights on every rank
         model = registry.build(self.settings.model, self.corpus.sample_rate)
         checkpoint.seed_everything(self.settings.run.seed, self.rank + 1)
@@ -96,10 +96,15 @@ class Worker:
         self.means = Means()
         self.warned = False
         self.gauges = Gauges(plan.run)
-        self.named: deque[int] = deque(maxlen=training.keep_checkpoints + 1)
-        self.found: list[int] = []
+        self.pins = Pins(plan.folder, plan.refiner, plan.journal, training.keep_checkpoints) if plan.refiner is not None else None
         self.place = Place(0, 0, 0, plan.corpus)
         self.upkeep = self._upkeep()
+
+    def _opened(self) -> Corpus:
+        """The run's corpus. Only a restart waits for storage that is away: where a run begins, the place may be a wrong one."""
+        if ray.train.get_checkpoint() is None:
+            return Corpus.open(self.plan.corpus)
+        return checkpoint.patiently(lambda: Corpus.open(self.plan.corpus), self._away("not opened"))
 
     def _upkeep(self) -> Upkeep | None:
         plan, knowledge = self.plan, self.settings.knowledge
@@ -118,7 +123,7 @@ class Worker:
             Cache.of(knowledge),
         )
         return Upkeep(
-            knowledge, replica, plan.refiner, plan.journal, self.model, self.steps, self.rank, self.device
+            knowledge, replica, plan.refiner, plan.journal, self.gauges, self.model, self.steps, self.rank, self.device
         )  # fmt: skip
 
     # --- the run ---
@@ -151,8 +156,9 @@ class Worker:
         found, fork = ray.train.get_checkpoint(), self.settings.run.fork
         memory, forked = {}, False
         if found is not None:
-            with found.as_directory() as folder:
-                memory = self._restore(Path(folder))
+            name = PurePosixPath(found.path).name
+            with checkpoint.fetched(self.plan.folder / name, self._away("not fetched")) as path:
+                memory = self._restore(path)
         elif fork is not None:
             with checkpoint.newest(Folder.at(fork), self.settings.training.epochs) as path:
                 memory = {name: value for name, value in self._restore(path).items() if name.startswith(QUEUE)}
@@ -161,7 +167,7 @@ class Worker:
         # Another number of workers has other epochs, and the corpus may have moved.
         self._move(batch=min(self.place.batch, self.steps), corpus=self.plan.corpus)
         self.stepper.stand_at(self.place.epoch * self.steps + self.place.batch)
-        self.stepper.remember({name.removeprefix(QUEUE): value for name, value in memory.items() if name.startswith(QUEUE)})
+        self.stepper.remember(part_of(memory, QUEUE))
         if self.upkeep is not None:
             self.upkeep.begin(self.place.knowledge_version, self.place.asked, self.place.step, memory)
             if forked:
@@ -179,6 +185,10 @@ class Worker:
         """Take up a checkpoint; returns its memory."""
         self.place = checkpoint.restore(folder, self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank)
         return checkpoint.memory(folder)
+
+    def _away(self, kind: str) -> checkpoint.Tell:
+        """What tells the journal that storage was away, as an event of this kind."""
+        return lambda error: self.plan.journal.tell(kind, rank=self.rank, problem=str(error))
 
     def _epoch(self, epoch: int) -> None:
         started, first = time.time(), self.place.batch
@@ -268,19 +278,11 @@ class Worker:
             checkpoint=saved,
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=checkpoint.uploading(self.plan.folder, self._away("not uploaded")),
             validation=validation and saved is not None,  # asked for by the rank that has the checkpoint alone
         )
-        if self.rank == 0 and self.upkeep is not None:
-            self._pin()
-
-    def _pin(self) -> None:
-        """Tell the refiner which versions checkpoints name; while storage is away, also those that the last look found."""
-        self.named.append(self.place.knowledge_version)  # of checkpoints that may still be on their way to storage
-        try:
-            self.found = checkpoint.pinned_versions(self.plan.folder)
-        except StorageError as error:
-            self.plan.journal.tell("not listed", problem=str(error))
-        self.plan.refiner.pin.remote(sorted({*self.found, *self.named} - {0}))  # type: ignore[union-attr]
+        if self.rank == 0 and self.pins is not None:
+            self.pins.renew(self.place.knowledge_version if saved is not None else None)
 
     def _checkpoint(self, states: list[dict[str, Tensor]]) -> ray.train.Checkpoint:
         """A checkpoint in a temporary folder, which Ray Train removes when it has copied it."""
@@ -321,7 +323,7 @@ def probe_rows(
     """Fresh and stored rows of `knowledge.drift_probe` entries of all sources (rounded up to row groups), over all ranks."""
     training = model.training
     model.eval()
-    plan = encoding_plan(settings, str(corpus.folder))
+    plan = encoding_plan(settings, corpus.folder.uri)
     mine = probe_units(plan, settings.knowledge.drift_probe)[rank :: world_size()]
     parts = [(unit.source.name, encode_rows(model, unit.read(), plan, corpus.sample_rate, device)) for unit in mine]
     model.train(training)

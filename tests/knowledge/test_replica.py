@@ -304,6 +304,9 @@ def test_a_replica_that_stopped_loads_nothing_more(line):
     line.offer(1)
     replica.wait_until_seen(1, seconds=0.3)
     assert replica.newest == 0
+    wait_for(lambda: bool(line.events("refused")))  # the user is told
+    (event,) = line.events("refused")
+    assert (event["version"], event["problem"]) == (1, "not loaded in 0.3 s: v0 stays in use")
 
 
 def test_loading_goes_on_after_the_refiner_restarts(line):

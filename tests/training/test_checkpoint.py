@@ -1,5 +1,6 @@
 """Checkpoints: training goes on to the same bits, files are plain data, and damage is named."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ask_ray.config import Settings, UserError, load, with_values
-from ask_ray.data.batches import Batch
+from ask_ray.config import DataSettings, Settings, UserError, load, with_values
+from ask_ray.data.batches import Batch, TrainingBatches
 from ask_ray.data.schema import FORMAT, SPLITS
 from ask_ray.models import registry
 from ask_ray.models.weights import WeightsError
@@ -96,6 +97,21 @@ def test_training_continues_to_the_same_bits(trained, corpus):
     other = fresh(99)
     assert restore(folder, other) == Place(0, 4, 3, corpus)
     assert steps(other, 4, 3) == expected
+    for name, value in stepper.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_training_taken_up_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(small_corpus, tmp_path):
+    stepper, other = fresh(0), fresh(99)
+    batches = TrainingBatches(small_corpus, DataSettings(), stepper.model.tokenise, 8, 0, 0, 1)
+    checkpoint.seed_everything(0, 1)
+    for number, batch in enumerate(itertools.islice(batches.epoch(1), 5)):
+        if number == 2:
+            save(tmp_path / "checkpoint_a", stepper, Place(1, 8, 0, "corpus", batch=2))
+        stepper.take(batch, None)
+    place = restore(tmp_path / "checkpoint_a", other)
+    for batch in itertools.islice(batches.epoch(place.epoch, place.batch), 3):
+        other.take(batch, None)
     for name, value in stepper.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
 

@@ -86,6 +86,18 @@ def test_means_leave_out_what_is_not_finite_or_not_given_and_start_over():
     assert means.take() == {"loss": 2.0}
 
 
+def test_means_go_on_from_their_state():
+    means, other = Means(), Means()
+    for value in (1.0, torch.nan, 4.0):
+        means.add(loss=torch.tensor(value))
+    other.restore(means.state(), torch.device("cpu"))
+    for made in (means, other):
+        made.add(loss=torch.tensor(10.0))
+    assert means.take() == other.take() == {"loss": 5.0}
+    other.restore({}, torch.device("cpu"))
+    assert other.take() == other.state() == {}
+
+
 def test_means_keep_no_graph_and_add_in_double_precision():
     means = Means()
     for _ in range(3):

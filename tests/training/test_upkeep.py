@@ -1,0 +1,160 @@
+"""A rank's dealings with a real refiner: what it decides after a restart, what it tells, and how long it can wait."""
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.distributed
+from ray.actor import ActorHandle
+from torch import nn
+
+from ask_ray.config import KnowledgeSettings, ModelSettings, PoolSettings, RefreshSettings
+from ask_ray.journal import Journal
+from ask_ray.knowledge import index
+from ask_ray.knowledge.encoding import EncodingPlan
+from ask_ray.knowledge.refiner import Refiner, RefreshPlan
+from ask_ray.knowledge.replica import Replica
+from ask_ray.knowledge.snapshot import Embeddings, Entries, publish
+from ask_ray.knowledge.sources import Source
+from ask_ray.storage import Folder
+from ask_ray.training.gauges import Gauges
+from ask_ray.training.step import Pairs, Taken
+from ask_ray.training.upkeep import Upkeep
+
+DIM, RUN, CPU = 8, "a-swapping-run", torch.device("cpu")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def put(home: Folder, version: int) -> None:
+    """Publish 20 random entries as encoded by step 0."""
+    rng = np.random.default_rng(version)
+    rows, paired = (
+        Embeddings(*(made / np.linalg.norm(made, axis=2, keepdims=True)).astype(np.float32))
+        for made in (rng.normal(size=(2, 20, DIM)), rng.normal(size=(2, 4, DIM)))
+    )
+    numbers = np.arange(20, dtype=np.int64)
+    entries = Entries.of_lists([str(n) for n in numbers], numbers, ["a bell"] * 20, 0 * numbers, ["train"] * 20)
+    built = (index.build(rows.audio, 10**6, 4, 0), index.build(rows.text, 10**6, 4, 0))
+    publish(home, version, entries, rows, paired, built, {"run": RUN, "encoder_step": 0})
+
+
+@dataclass
+class Bench:
+    """A refiner whose refreshes fail, for their corpus is not there, with its journal and its versions."""
+
+    home: Folder
+    knowledge: KnowledgeSettings
+    refiner: ActorHandle
+    journal: Journal
+
+    def upkeep(self) -> Upkeep:
+        replica = Replica(self.refiner, self.home, RUN, DIM, CPU, self.journal, 0)
+        return Upkeep(self.knowledge, replica, self.refiner, self.journal, Gauges(RUN), nn.Linear(2, 2), 8, 0, CPU)
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in self.journal.events() if event["kind"] == kind]
+
+
+@pytest.fixture
+def start(ray_session: None, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """A function that starts a bench with settings of refreshes."""
+    actors = []
+
+    def made(**refresh: object) -> Bench:
+        knowledge = KnowledgeSettings(refresh=RefreshSettings(**refresh))
+        home = Folder.at(str(tmp_path / "knowledge"))
+        plan = EncodingPlan((Source("train", str(tmp_path / "nowhere"), "train"),), 1, 1.0, ModelSettings(), PoolSettings())
+        journal, keeper = Journal.start()
+        refiner = Refiner.remote(RefreshPlan(home, RUN, plan, knowledge, 0, 0), journal)
+        actors.extend((refiner, keeper))
+        return Bench(home, knowledge, refiner, journal)
+
+    yield made
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_drift_that_was_read_before_a_checkpoint_counts_after_it(start):
+    bench = start(policy="adaptive", threshold=0.1, unit="steps", min_interval=4, max_interval=1000, attempts=1)
+    put(bench.home, 1)
+    pairs = Pairs(torch.arange(0), torch.zeros(0, DIM), torch.zeros(0, DIM))
+    memory: dict[str, torch.Tensor] = {}
+    for readings in (0.2, 0.6), (0.7,), ():  # the last life reads none before its decision
+        upkeep = bench.upkeep()
+        upkeep.begin(1, 0, 8, memory)
+        for reading in readings:
+            upkeep.after_step(Taken({"rdm_audio": torch.tensor(reading), "rdm_text": torch.tensor(reading)}, pairs), 8)
+        memory = {name: value.clone() for name, value in upkeep.memory().items()}
+    upkeep.before_step(8, epoch_starts=True)
+    wait_for(lambda: bool(bench.events("asked")))
+    assert [event["reason"] for event in bench.events("asked")] == ["RDM 0.500 passed 0.1, 8 steps since the last"]
+    assert upkeep.memory() == {}, "a reading counts once"
+
+
+def test_a_swap_is_seen_at_the_metrics_endpoint_at_once(start, scraped):
+    bench = start(policy="static", warmup_epochs=1000)
+    put(bench.home, 5)
+    upkeep = bench.upkeep()
+    upkeep.begin(0, None, 0, {})
+    ray.get(bench.refiner.start_from.remote(5))
+
+    def swapped() -> bool:
+        upkeep.before_step(12, epoch_starts=False)
+        return upkeep.version == 5
+
+    wait_for(swapped)
+    wait_for(lambda: scraped(RUN).get("knowledge_version") == 5)
+    found = scraped(RUN)
+    assert (found["step"], found["lag_steps"]) == (12, 12)
+    assert found["swap_ms"] > 0
+
+
+def test_ranks_wait_longer_for_a_refresh_than_their_process_group_waits_for_a_rank(start, tmp_path):
+    patience, longer = 10.0, 14.0
+    bench = start(mode="sync", attempts=2, backoff_seconds=longer)
+    knowledge, refiner, home, journal = bench.knowledge, bench.refiner, bench.home, bench.journal
+
+    @ray.remote(num_cpus=0)
+    class Rank:
+        """One of two processes that wait together. It knows nothing of this module but what it is sent."""
+
+        def wait(self, rank: int) -> float:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            torch.distributed.init_process_group(
+                "gloo",
+                f"file://{tmp_path}/meet",
+                timeout=datetime.timedelta(seconds=patience),
+                rank=rank,
+                world_size=2,
+            )
+            replica = Replica(refiner, home, RUN, DIM, CPU, journal, rank)
+            upkeep = Upkeep(knowledge, replica, refiner, journal, Gauges(RUN), nn.Linear(2, 2), 8, rank, CPU)
+            upkeep.begin(0, None, 0, {})
+            started = time.monotonic()
+            upkeep.refresh(0, "a test", wait=True)
+            assert upkeep.version == 0
+            return time.monotonic() - started
+
+        def ready(self) -> None:
+            """Built."""
+
+    ranks = [Rank.remote() for _ in range(2)]
+    ray.get([rank.ready.remote() for rank in ranks])
+    waited = ray.get([rank.wait.remote(number) for number, rank in enumerate(ranks)])
+    assert min(waited) > longer
+    assert [event["attempt"] for event in bench.events("failed")] == [1, 2]
+    for rank in ranks:
+        ray.kill(rank)
