@@ -30,6 +30,9 @@ IMAGE_TOWERS = ("tiny",)
 TEXT_TOWERS = ("tiny", "bert", "roberta", "sonar")
 HF = "hf:"
 
+#: The learnt temperature τ stays between these.
+COLDEST, WARMEST = 0.01, 10.0
+
 #: Of runs and sweeps, which name folders.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -39,6 +42,7 @@ IMAGE_CORPORA = ("coco", "flickr30k")
 Pooling = Literal["mean", "max", "first", "pooler"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Span = Annotated[float, Field(gt=0, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
@@ -56,9 +60,9 @@ class SettingsError(UserError, ValueError):
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
+    """A frozen section that refuses unknown keys, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSettings(Section):
@@ -198,7 +202,6 @@ class DataSettings(Section):
     max_seconds: float = Field(
         10.0,
         gt=0,
-        allow_inf_nan=False,
         description="longer clips are cropped when read: at random in training, from the start elsewhere",
     )
     keep_seconds: float = Field(
@@ -284,7 +287,7 @@ class ModelSettings(Section):
     width: float = Field(1.0, gt=0, le=4, description="scales the hidden widths of towers trained from scratch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the tiny towers and the projection heads")
     max_words: int = Field(48, ge=4, le=512, description="longer captions are cut to this many tokens")
-    temperature: float = Field(0.07, gt=0, le=10, description="τ at the start; it is learnt, in [0.01, 10]")
+    temperature: float = Field(0.07, gt=0, le=WARMEST, description=f"τ at the start; it is learnt, in [{COLDEST:g}, {WARMEST:g}]")
     freq_mask: Natural = Field(8, description="SpecAugment: widest band masked, in mel bins; 0 switches it off")
     time_mask: Natural = Field(16, description="SpecAugment: longest stretch masked, in frames; 0 switches it off")
     image_crop: float = Field(
@@ -339,7 +342,7 @@ class RefreshSettings(Section):
         "next starts when the last is in",
     )
     unit: Literal["epochs", "steps"] = Field("epochs", description="unit of `interval`, `min_interval` and `max_interval`")
-    interval: Positive = Field(3.0, description="T, between the refreshes of policy fixed; fractions of an epoch are allowed")
+    interval: Span = Field(3.0, description="T, between the refreshes of policy fixed; fractions of an epoch are allowed")
     threshold: Positive = Field(0.3, description="RDM in nats, the mean of both modalities, that makes policy adaptive refresh")
     signal: Literal["batch", "probe"] = Field(
         "batch",
@@ -347,8 +350,8 @@ class RefreshSettings(Section):
         "probe of `knowledge.drift_probe` stored entries of all sources, encoded anew",
     )
     probe_steps: Count = Field(50, description="steps between the readings of signal probe")
-    min_interval: Positive = Field(0.5, description="policies adaptive and continuous never refresh sooner than this")
-    max_interval: Positive = Field(6.0, description="policy adaptive refreshes after this, whatever the drift")
+    min_interval: Span = Field(0.5, description="policies adaptive and continuous never refresh sooner than this")
+    max_interval: Span = Field(6.0, description="policy adaptive refreshes after this, whatever the drift")
     mode: Literal["async", "sync"] = Field("async", description="train on while a refresh runs, or wait for it")
     warmup_epochs: float = Field(4.0, ge=0, description="epochs before the first knowledge base is built and used")
     poll_steps: Count = Field(4, description="every this many steps workers agree on the version, and the policy decides")
@@ -362,7 +365,7 @@ class CorrectionSettings(Section):
 
     write_back: bool = Field(False, description="the step's own embeddings, from all workers, overwrite their entries")
     drift_map: bool = Field(False, description="a linear map from stored to fresh rows is applied to all entries")
-    map_interval: Positive = Field(0.5, description="epochs between drift maps; each is fitted to the pairs seen since the last")
+    map_interval: Span = Field(0.5, description="epochs between drift maps; each is fitted to the pairs seen since the last")
     ridge: Positive = Field(0.1, description="pull of the drift map toward a rotation")
 
 
@@ -545,14 +548,8 @@ class Settings(Section):
         for name, shares in (("folder", data.folder), ("wavcaps", data.wavcaps), ("parquet", data.parquet)):
             if shares.validation + shares.test >= 1:
                 raise ValueError(f"data.{name}.validation and data.{name}.test leave nothing to train on: lower them")
+        self._check_refresh()
         refresh = self.knowledge.refresh
-        if refresh.policy == "adaptive" and refresh.min_interval >= refresh.max_interval:
-            raise ValueError(
-                f"knowledge.refresh.threshold can never fire: min_interval {refresh.min_interval:g} is not below max_interval "
-                f"{refresh.max_interval:g}; widen them, or use policy fixed"
-            )
-        if refresh.policy == "adaptive" and refresh.signal == "probe" and self.knowledge.drift_probe == 0:
-            raise ValueError("knowledge.refresh.signal=probe needs entries to probe: set knowledge.drift_probe above 0")
         sources = self.knowledge.sources
         if not sources:
             raise ValueError("knowledge.sources is empty: name at least one, such as train")
@@ -575,6 +572,44 @@ class Settings(Section):
         if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
             raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")
         return self
+
+    def _check_refresh(self) -> None:
+        """Refuse refreshes that would never come, or come too late to be used."""
+        refresh = self.knowledge.refresh
+        if refresh.policy == "adaptive":
+            self._check_threshold()
+        if not self.ask.enabled:
+            return
+        warmup, epochs = refresh.warmup_epochs, self.training.epochs
+        if warmup >= epochs:
+            raise ValueError(
+                f"knowledge.refresh.warmup_epochs ({warmup:g}) is not below training.epochs ({epochs}): training would be over "
+                "before there is a knowledge base; lower the first, raise the second, or set ask.enabled to false"
+            )
+        floored = refresh.policy in ("adaptive", "continuous") and refresh.unit == "epochs"
+        if floored and warmup + refresh.min_interval >= epochs:
+            raise ValueError(
+                f"knowledge.refresh.min_interval ({refresh.min_interval:g}) after knowledge.refresh.warmup_epochs ({warmup:g}) "
+                f"is not below training.epochs ({epochs}): policy {refresh.policy} would never refresh; lower one of the first "
+                "two, or use policy static"
+            )
+
+    def _check_threshold(self) -> None:
+        """Refuse drift that policy adaptive could never see pass its threshold."""
+        refresh = self.knowledge.refresh
+        if refresh.min_interval >= refresh.max_interval:
+            raise ValueError(
+                f"knowledge.refresh.threshold can never fire: min_interval {refresh.min_interval:g} is not below max_interval "
+                f"{refresh.max_interval:g}; widen them, or use policy fixed"
+            )
+        most = 4 / COLDEST  # logits move by 2/τ at most, and so does the logarithm of their exponentials' sum
+        if refresh.threshold >= most:
+            raise ValueError(
+                f"knowledge.refresh.threshold can never fire: it is {refresh.threshold:g} nats, but RDM stays below 4/τ, with "
+                f"the lowest τ 4/{COLDEST:g} = {most:g}; lower it, or use policy fixed"
+            )
+        if refresh.signal == "probe" and self.knowledge.drift_probe == 0:
+            raise ValueError("knowledge.refresh.signal=probe needs entries to probe: set knowledge.drift_probe above 0")
 
     def _check_modality(self) -> None:
         """Refuse towers that would not be used: of the modality that the corpus is not of."""

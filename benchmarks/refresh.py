@@ -163,7 +163,7 @@ class Rank:
     def __init__(self, rank: int, place: str, dim: int, line: ActorHandle, journal: Journal) -> None:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=RANKS)
-        self._settings = load({"model": {"dim": dim}, "training": {"epochs": 1}, "knowledge": {"refresh": {"policy": "static"}}})
+        self._settings = load({"model": {"dim": dim}, "knowledge": {"refresh": {"policy": "static"}}})
         model = registry.build(self._settings.model, 16000)
         self._batch = batch_of(model, 32, 64000, rank)
         cpu = torch.device("cpu")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from ask_ray.config import AskSettings, ModelSettings, Settings, TrainingSettings
+from ask_ray.config import AskSettings, ModelSettings, Settings
 from ask_ray.data.batches import Batch
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.replica import Knowledge
@@ -68,7 +68,7 @@ def measure(rank: int, place: str, name: str, entries: int, steps: int | None) -
     torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=RANKS)
     audio, text, rate, seconds, size, default_steps, _ = CASES[name]
     home, model_settings = Folder(place), ModelSettings(audio=audio, text=text)
-    base = Settings(model=model_settings, training=TrainingSettings(epochs=1), ask=AskSettings())
+    base = Settings(model=model_settings)
     plain = base.model_copy(update={"ask": AskSettings(enabled=False)})
     if rank == 0:
         publish(home, entries, base.model.dim, base.ask.prototypes)

@@ -9,14 +9,26 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ask_ray.config import AUDIO_TOWERS, IMAGE_TOWERS, PRESETS, TEXT_TOWERS, Settings, SettingsError, flat, load, parse, parser
+from ask_ray.config import (
+    AUDIO_TOWERS,
+    IMAGE_TOWERS,
+    PRESETS,
+    TEXT_TOWERS,
+    Settings,
+    SettingsError,
+    SweepSettings,
+    flat,
+    load,
+    parse,
+    parser,
+)
 
 # Values just outside what each numeric field allows.
 OUTSIDE = {
     "run.seed": [-1],
     "data.sample_rate": [3999, 48001],
     "data.min_seconds": [0],
-    "data.max_seconds": [0, float("inf")],
+    "data.max_seconds": [0],
     "data.max_rejected": [-0.01, 1.01],
     "data.shard_clips": [0],
     "data.prepare_tasks": [0],
@@ -49,10 +61,10 @@ OUTSIDE = {
     "model.freq_mask": [-1],
     "model.time_mask": [-1],
     "model.image_crop": [0, 1.01],
-    "ask.rho": [-0.01, 1.01, float("nan")],
+    "ask.rho": [-0.01, 1.01],
     "ask.neighbours": [0],
     "ask.prototypes": [-1],
-    "ask.tau_knowledge": [0, float("nan")],
+    "ask.tau_knowledge": [0],
     "ask.tau_reliability": [0],
     "ask.beta": [-0.01, 1.01],
     "ask.epsilon": [0],
@@ -62,15 +74,15 @@ OUTSIDE = {
     "knowledge.probes": [0],
     "knowledge.drift_probe": [-1],
     "knowledge.keep": [0],
-    "knowledge.cache_gib": [0, float("nan")],
-    "knowledge.refresh.interval": [0],
+    "knowledge.cache_gib": [0],
+    "knowledge.refresh.interval": [0, 1.1e9],
     "knowledge.refresh.threshold": [0],
     "knowledge.refresh.probe_steps": [0],
-    "knowledge.refresh.min_interval": [0],
-    "knowledge.refresh.max_interval": [0],
+    "knowledge.refresh.min_interval": [0, 1.1e9],
+    "knowledge.refresh.max_interval": [0, 1.1e9],
     "training.min_workers": [0],
     "training.preemption_steps": [-1],
-    "knowledge.corrections.map_interval": [0],
+    "knowledge.corrections.map_interval": [0, 1.1e9],
     "knowledge.corrections.ridge": [0],
     "knowledge.refresh.warmup_epochs": [-0.1],
     "knowledge.refresh.poll_steps": [0],
@@ -134,6 +146,27 @@ IMPOSSIBLE = [
     ),
     ({"knowledge.cache": "copies"}, ("knowledge.cache",)),
     ({"training.node_resource": "memory"}, ("training.node_resource", "memory")),
+    (
+        {"knowledge.refresh.policy": "adaptive", "knowledge.refresh.min_interval": 3, "knowledge.refresh.max_interval": 3},
+        ("knowledge.refresh.threshold", "min_interval", "max_interval"),
+    ),
+    (
+        {"knowledge.refresh.policy": "adaptive", "knowledge.refresh.threshold": 400},
+        ("knowledge.refresh.threshold", "4/0.01 = 400"),
+    ),
+    (
+        {"knowledge.refresh.policy": "adaptive", "knowledge.refresh.signal": "probe", "knowledge.drift_probe": 0},
+        ("knowledge.refresh.signal", "knowledge.drift_probe"),
+    ),
+    ({"training.epochs": 4}, ("knowledge.refresh.warmup_epochs (4)", "training.epochs (4)")),
+    ({"knowledge.refresh.warmup_epochs": 1e300}, ("knowledge.refresh.warmup_epochs", "training.epochs (14)")),
+    *(
+        (
+            {"knowledge.refresh.policy": policy, "knowledge.refresh.min_interval": 10, "knowledge.refresh.max_interval": 11},
+            ("knowledge.refresh.min_interval (10)", "knowledge.refresh.warmup_epochs (4)", "training.epochs (14)"),
+        )
+        for policy in ("adaptive", "continuous")
+    ),
     ({"knowledge.pool.min_actors": 2}, ("knowledge.pool.min_actors", "knowledge.pool.max_actors")),
 ]
 
@@ -258,6 +291,20 @@ def test_a_value_outside_its_bounds_is_refused_by_name(name, value):
     assert f"{name}: " in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", [name for name, field in LEAVES.items() if field.annotation in (float, float | None)])
+def test_a_number_that_is_not_finite_is_refused_by_name(name, capsys):
+    for value in (float("inf"), float("-inf"), float("nan")):
+        with pytest.raises(SettingsError, match=f"{name}: Input should be"):
+            load(tree({name: value}))
+    for word in (".inf", "inf", "nan"):
+        assert name in refused(capsys, f"--{name}={word}")
+
+
+def test_a_number_of_a_sweep_that_is_not_finite_is_refused():
+    with pytest.raises(ValidationError, match=r"reduction\n.* finite number"):
+        SweepSettings(reduction=float("inf"))
+
+
 def test_bounds_hold_on_the_command_line_too(capsys, tmp_path):
     for name in ("ask.rho", "data.sample_rate", "data.soundscapes.seconds", "training.workers", "knowledge.refresh.interval"):
         for value in OUTSIDE[name]:
@@ -295,8 +342,16 @@ def test_an_impossible_combination_is_refused_and_names_its_fields(values, named
 
 
 def test_what_ask_needs_is_not_asked_of_plain_ntxent():
-    made = load({"ask": {"enabled": False, "fine": False, "coarse": False, "prototypes": 0}})
+    ask = {"enabled": False, "fine": False, "coarse": False, "prototypes": 0}
+    made = load({"ask": ask, "training": {"epochs": 1}, "knowledge": {"refresh": {"policy": "continuous"}}})
     assert not made.ask.enabled
+
+
+def test_refreshes_that_come_just_in_time_are_allowed():
+    adaptive = {"policy": "adaptive", "warmup_epochs": 1.5, "min_interval": 1.4, "threshold": 399.9}
+    continuous = {"policy": "continuous", "unit": "steps", "warmup_epochs": 2.9, "min_interval": 50}
+    for refresh in (adaptive, continuous, {"warmup_epochs": 2.9}, {"policy": "static", "warmup_epochs": 0}):
+        assert load({"training": {"epochs": 3}, "knowledge": {"refresh": refresh}}).training.epochs == 3
 
 
 def test_all_that_is_wrong_is_told_at_once():

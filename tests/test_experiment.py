@@ -174,7 +174,7 @@ def test_a_fork_goes_on_from_another_runs_weights_with_settings_of_its_own(sync_
     ("changes", "message"),
     [
         ({"model": {"dim": 16}}, r"run.fork: the model of .* is another: model.dim \(32 there, 16 here\)"),
-        ({"training": {"epochs": 1}}, "has no checkpoint"),
+        ({"training": {"epochs": 1}, "knowledge": {"refresh": {"warmup_epochs": 0}}}, "has no checkpoint"),
         ({"run": {"name": "no", "fork": "nowhere"}}, "not a run's folder"),
     ],
 )

@@ -30,8 +30,8 @@ def rdm(queries: Tensor, fresh: Tensor, stored: Tensor, temperature: float) -> T
         temperature: τ > 0.
 
     Returns:
-        Scalar >= 0 in nats, float32 (float64 for float64); exactly 0 when ``fresh`` equals ``stored``, as right after
-        a refresh. Autocast is off here.
+        Scalar >= 0 in nats, of unit rows below 4 / τ, float32 (float64 for float64); exactly 0 when ``fresh`` equals
+        ``stored``, as right after a refresh. Autocast is off here.
 
     Raises:
         ValueError: shapes that do not fit, no query, no entry, or a temperature that is not positive.

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from ask_ray.config import COLDEST, WARMEST
 from ask_ray.method.interaction import Tokens, combined, token_scores, token_weights
 from ask_ray.models.audio_towers import AudioTower
 from ask_ray.models.image_towers import ImageTower
 from ask_ray.models.pooling import Encoded
 from ask_ray.models.text_towers import TextTower
-
-#: The learnt temperature stays between these.
-COLDEST, WARMEST = 0.01, 10.0
 
 #: The most that a token is wide in the shared space: ColBERT's width (Khattab and Zaharia 2020, arXiv 2004.12832).
 TOKEN_WIDTH = 128

@@ -10,6 +10,7 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor
 from torch.nn import functional
 
+from ask_ray.config import COLDEST
 from ask_ray.method import drift
 
 
@@ -46,6 +47,17 @@ def test_rdm_is_positive_and_grows_as_the_encoder_moves_away(seed: int, dtype: t
         readings.append(drift.rdm(fresh, fresh, stored.to(dtype), 0.07).item())
     assert readings[1] > 0
     assert readings == sorted(readings)
+
+
+@pytest.mark.parametrize("temperature", [COLDEST, 0.07, 1.0])
+def test_rdm_of_unit_rows_stays_below_the_bound_that_thresholds_are_held_to(temperature: float):
+    """The worst there is: entries are stored as their opposites, and those that the query likes least are its favourites."""
+    query, entries, readings = unit(1, 8), 2000, []
+    for disliked in range(1, entries, 7):
+        signs = torch.ones(entries, 1, dtype=torch.float64)
+        signs[:disliked] = -1
+        readings.append(drift.rdm(query, signs * query, -signs * query, temperature).item())
+    assert 4 / temperature / 3 < max(readings) < 4 / temperature
 
 
 def test_rdm_falls_as_the_stored_rows_are_corrected():

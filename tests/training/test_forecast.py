@@ -8,7 +8,7 @@ from ask_ray.training.forecast import check_memory, forecast
 SETTINGS = load(
     {
         "model": {"width": 0.1, "dim": 16},
-        "training": {"workers": 2, "batch_size": 8, "epochs": 3},
+        "training": {"workers": 2, "batch_size": 8, "epochs": 5},
         "knowledge": {"captions_per_clip": 2},
         "data": {"cache_mib": 1},
     }
@@ -19,7 +19,7 @@ PARAMETERS = 1234
 
 def test_the_forecast_counts_what_training_will_do(small_corpus):
     made = forecast(SETTINGS, small_corpus, PARAMETERS)
-    assert (made.clips, made.steps_per_epoch, made.steps) == (150, 9, 27)
+    assert (made.clips, made.steps_per_epoch, made.steps) == (150, 9, 45)
     assert made.entries == 300
     assert made.parameters == PARAMETERS
     waveforms = 150 * small_corpus.mean_bytes("train")

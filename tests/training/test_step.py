@@ -59,7 +59,7 @@ def test_only_matrices_decay():
 
 
 def test_a_gradient_that_is_not_finite_is_refused_before_it_changes_a_weight():
-    settings = load({"model": {"width": 0.1, "dim": 8}, "training": {"epochs": 1}})
+    settings = load({"model": {"width": 0.1, "dim": 8}})
     torch.manual_seed(0)
     model = registry.build(settings.model, 8000)
     stepper = Stepper(model, model, settings, 10, torch.device("cpu"))
