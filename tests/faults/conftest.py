@@ -15,8 +15,8 @@ HEAD = """# What a run does when something breaks
 
 Written by `make faults`: every row is a run during which a real process was ended, stopped or starved, a node was lost, or a file
 was damaged; most are 512 steps on two workers with a refresh every other epoch. Every run then finished with the right number of
-steps, epochs and entries. *Stood still* is the longest gap between told steps beyond the usual one, on 2 cores; *repeated* are
-steps since the last checkpoint that were taken again. Nothing else was lost.
+steps, epochs and entries. *Stood still* is the longest gap between told steps beyond the usual one, on 2 cores. *Repeated* are
+the steps known to have been taken again: as workers tell every tenth step, each restart may have cost up to 9 more.
 
 | fault | what the run did | stood still | repeated steps |
 |---|---|---|---|
@@ -44,11 +44,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest):
-    """Adds a row to the table: the fault, what the run did, and the run's outcome."""
+    """Adds a row to the table: the fault, what the run did, the run's outcome, and why its repeated steps are not known."""
 
-    def add(fault: str, did: str, outcome) -> None:
+    def add(fault: str, did: str, outcome, repeated: str | None = None) -> None:
         named = re.sub(r"/\S*/prepared/", "prepared/", did)  # the table tells nothing of where the tests ran
-        request.config.stash[ROWS].append((fault, named, f"{outcome.still:.1f} s", f"{outcome.repeated}"))
+        request.config.stash[ROWS].append((fault, named, f"{outcome.still:.1f} s", repeated or f"{outcome.repeated}"))
 
     return add
 

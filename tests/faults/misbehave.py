@@ -6,9 +6,14 @@ to go wrong, in the folder that the environment names; the first process that ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import resource
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +25,8 @@ ORDERS = "ASK_RAY_TEST_ORDERS"
 
 def order(what: str) -> None:
     """Have the next unit that is encoded go wrong: `raise`, `exit` (cleanly) or `few` (a row is missing); `diverge`: the
-    next step leaves a weight that is not a number; or `corrupt`: the next weights that are sent for encoding hold one."""
+    next step leaves a weight that is not a number; `corrupt`: the next weights that are sent for encoding hold one; or `fill`:
+    storage is full when the first file of the next version is there."""
     (Path(os.environ[ORDERS]) / what).touch()
 
 
@@ -34,6 +40,34 @@ def install() -> None:
     wrapt.register_post_import_hook(_heed_encoder, "ask_ray.knowledge.encoding")
     wrapt.register_post_import_hook(_heed_stepper, "ask_ray.training.step")
     wrapt.register_post_import_hook(_heed_requests, "ask_ray.knowledge.requests")
+    wrapt.register_post_import_hook(_heed_storage, "ask_ray.storage")
+
+
+def _heed_storage(module: ModuleType) -> None:
+    upload = module.Folder.upload
+
+    @functools.wraps(upload)
+    def call(self, source):
+        if not _taken("fill"):
+            return upload(self, source)
+        with tempfile.TemporaryDirectory() as begun:
+            shutil.copy(min(source.iterdir()), begun)
+            upload(self, Path(begun))
+        with _full():
+            return upload(self, source)
+
+    module.Folder.upload = call
+
+
+@contextlib.contextmanager
+def _full() -> Iterator[None]:
+    """This process may meanwhile write no file of more than 16 KiB: the kernel refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _heed_requests(module: ModuleType) -> None:

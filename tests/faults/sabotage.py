@@ -21,9 +21,13 @@ from ask_ray import experiment
 from ask_ray.config import Settings, load
 from ask_ray.journal import Journal
 from ask_ray.storage import Folder
+from ask_ray.training.checkpoint import PREFIX
 
 Event = dict[str, Any]
 Found = TypeVar("Found")
+
+#: Where Ray Train writes down the checkpoints that it goes on from, in a run's folder.
+KNOWN = "checkpoint_manager_snapshot.json"
 
 POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Refiner", "ray::refresh", "ray::RayTrainWorker"
 
@@ -74,10 +78,27 @@ class Watch:
 
         return until(found, seconds, f"{kind} {fields}")
 
+    def restarted(self) -> dict[int, int]:
+        """The checkpoints that the workers may have gone on from, as soon as they have begun again."""
+        until(lambda: len(self.events("began")) > 1, 120.0, "a restart")
+        return checkpoints(self.folder)
+
     def processes(self, title: str) -> list[psutil.Process]:
         """The processes of this session with a title, as soon as there are any; the youngest first."""
 
         return until(lambda: running(title), 60.0, title)
+
+
+def checkpoints(run: Folder) -> dict[int, int]:
+    """The checkpoints that Ray Train knows of: the version that each names, by its step; none before the first."""
+    known = run.read(KNOWN).decode() if run.exists(KNOWN) else ""
+    found = {}
+    for name in run.names():
+        if name.startswith(PREFIX) and name in known:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                place = (run / name).read_json("state.json")["place"]
+                found[place["step"]] = place["knowledge_version"]
+    return found
 
 
 def running(title: str) -> list[psutil.Process]:
@@ -117,8 +138,8 @@ def stopped(process: psutil.Process) -> Iterator[None]:
 class Outcome:
     """What a run did under a fault.
 
-    still: seconds that training stood still, the longest gap between told steps beyond the usual one; repeated: steps
-    taken again after restarts.
+    still: seconds that training stood still, the longest gap between told steps beyond the usual one; repeated: steps taken
+    again after restarts, as far as they were told: after the newest told, each restart may have lost `STEPS_TOLD` - 1 more.
     """
 
     result: dict[str, Any]
@@ -138,9 +159,14 @@ class Outcome:
     def repeated(self) -> int:
         lost = 0
         for begun in self.of("began")[1:]:
-            before = [event["step"] for event in self.of("step") if event["time"] < begun["time"]]
-            lost += max(0, max(before, default=0) - begun["step"])
+            steps = [event["step"] + 1 for event in self.of("step") if event["time"] < begun["time"]]
+            epochs = [event["step"] for event in self.of("epoch") if event["time"] < begun["time"]]
+            lost += max(0, max(steps + epochs, default=0) - begun["step"])
         return lost
+
+    def opened(self, begun: Event) -> int:
+        """The version that rank 0 read from in the first step that it told of after it began: no refresh is in by then."""
+        return next(event["version"] for event in self.of("step") if event["time"] > begun["time"])
 
 
 def run_under(settings: Settings, harm: Callable[[Watch], None]) -> Outcome:
@@ -176,3 +202,13 @@ def check_whole(outcome: Outcome, epochs: int = EPOCHS, untold: int = 0) -> None
     assert result["refreshes"][-1]["encoder_step"] == epochs * STEPS
     assert result["knowledge_version"] == result["refreshes"][-1]["version"]
     assert all(of["n"] == 48 for of in result["final"].values())
+
+
+def check_restart(outcome: Outcome, before: dict[int, int], there: dict[int, int]) -> None:
+    """The workers went on from a checkpoint, none older than those known before the fault, with the version that it names.
+
+    before, there: the versions that the checkpoints named before the fault, and when the workers began again, by their steps.
+    """
+    begun = outcome.of("began")[-1]
+    assert begun["step"] >= max(before) > 0
+    assert outcome.opened(begun) == there[begun["step"]]

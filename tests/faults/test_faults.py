@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,22 @@ from pathlib import Path
 
 import misbehave
 import pytest
-from sabotage import EPOCHS, POOL, REFINER, REFRESH, STEPS, WORKER, Watch, check_whole, run_under, settings_of, stopped, until
+from sabotage import (
+    EPOCHS,
+    POOL,
+    REFINER,
+    REFRESH,
+    STEPS,
+    WORKER,
+    Watch,
+    check_restart,
+    check_whole,
+    checkpoints,
+    run_under,
+    settings_of,
+    stopped,
+    until,
+)
 
 from ask_ray.storage import Folder
 from ask_ray.training.checkpoint import pinned_versions
@@ -127,16 +141,21 @@ def test_weights_that_are_sent_for_encoding_are_not_finite(home, tell):
 
 
 def test_training_diverges(home, tell):
+    before: dict[int, int] = {}
+    there: dict[int, int] = {}
+
     def harm(watch: Watch) -> None:
         watch.wait("epoch", epoch=2)
+        before.update(until(lambda: checkpoints(watch.folder), 60, "a checkpoint"))
         misbehave.order("diverge")
         watch.wait("diverged")
+        there.update(watch.restarted())
 
     outcome = run_under(settings_of(home, "diverged"), harm)
     check_whole(outcome)
     assert len(outcome.of("began")) == 2
     assert "not finite" in outcome.of("diverged")[0]["problem"]
-    assert outcome.repeated <= 2 * STEPS
+    check_restart(outcome, before, there)
     did = "the step was refused, no such checkpoint was saved, and the workers restarted from the last one"
     tell("a weight becomes NaN while training", did, outcome)
 
@@ -172,9 +191,8 @@ def test_refreshes_are_asked_for_faster_than_they_can_be_made(home, tell):
 
 
 def kept(watch: Watch, version: int) -> None:
-    """Wait until a checkpoint that names a version is on storage, and one epoch more, by which Ray Train knows of it."""
-    until(lambda: version in pinned_versions(watch.folder), 60, "a checkpoint with the version")
-    watch.wait("epoch", epoch=watch.events("epoch")[-1]["epoch"] + 1)
+    """Wait until Ray Train knows of a checkpoint that names a version."""
+    until(lambda: version in checkpoints(watch.folder).values(), 60, "a checkpoint with the version")
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
@@ -184,21 +202,27 @@ def test_a_worker_is_killed_around_a_swap(home, tell, when):
         "during": ("published", {"version": 1}),
         "after": ("swapped", {"version": 1}),
     }
+    warmup = 0.5 if when == "after" else 2.5  # by then, there is a checkpoint to go on from
+    before: dict[int, int] = {}
+    there: dict[int, int] = {}
 
     def harm(watch: Watch) -> None:
         kind, fields = moment[when]
         watch.wait(kind, **fields)
         if when == "after":
             kept(watch, 1)
+        before.update(until(lambda: checkpoints(watch.folder), 60, "a checkpoint"))
         watch.processes(WORKER)[0].kill()
+        there.update(watch.restarted())
 
-    outcome = run_under(settings_of(home, f"worker-{when}"), harm)
+    outcome = run_under(settings_of(home, f"worker-{when}", warmup_epochs=warmup), harm)
     check_whole(outcome)
     first, again = outcome.of("began")
     assert first["step"] == 0
     assert again["step"] % STEPS == 0
-    assert again["version"] == (1 if when == "after" else again["version"])
-    assert outcome.repeated <= 2 * STEPS
+    check_restart(outcome, before, there)
+    assert outcome.opened(again) in {"before": [0], "during": [0, 1], "after": [1]}[when]
+    assert not outcome.of("refused")
     did = f"all workers restarted from step {again['step']} with v{again['version']}, the version its checkpoint names"
     tell(f"kill −9 of a training worker {when} a swap", did, outcome)
 
@@ -207,17 +231,24 @@ def test_a_worker_is_killed_around_a_swap(home, tell, when):
 
 
 def test_storage_fills_up_while_a_version_is_published(home, tell):
-    """The task that writes may write no file of more than 16 KiB: the kernel refuses the rest."""
+    """The first file of the version is there; of the others the kernel refuses what is over 16 KiB."""
 
     def harm(watch: Watch) -> None:
-        watch.wait("started", version=1)
-        (process, *_) = watch.processes(REFRESH)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+        until(lambda: misbehave.carried_out("fill"), 90, "the storage to fill up")
 
+    misbehave.order("fill")
     outcome = run_under(settings_of(home, "full"), harm)
     check_whole(outcome)
-    assert outcome.of("failed")[0]["version"] == 1
+    (failed,) = outcome.of("failed")
+    assert failed["version"] == 1
+    assert "/v000001: " in failed["problem"], "where the version is published, not where it is put together"
+    assert "too large" in failed["problem"]
     assert not (Path(outcome.result["folder"]) / "knowledge" / "v000001" / "manifest.json").exists()
+    seen = [event["version"] for kind in ("published", "loaded", "refused", "swapped", "step") for event in outcome.of(kind)]
+    assert 1 not in seen
+    again = outcome.of("published")[0]
+    assert (again["version"], again["encoder_step"]) == (2, failed["step"]), "the same weights, tried again"
+    assert 2 in seen
     tell("storage refuses writes in the middle of publishing", "no half version was seen; the refresh was tried again", outcome)
 
 
@@ -270,10 +301,12 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped", "without its manifest", "of another run", "of another dimension"])
 def test_a_snapshot_that_a_checkpoint_names_is_damaged(home, tell, how):
     """It is damaged under a running job, whose worker is then killed: the restart finds it so."""
+    before: dict[int, int] = {}
 
     def harm(watch: Watch) -> None:
         version = watch.wait("swapped")["version"]
         kept(watch, version)
+        before.update(checkpoints(watch.folder))
         for pinned in pinned_versions(watch.folder):
             damage(Path(str(watch.folder)) / "knowledge" / f"v{pinned:06d}", how)
         watch.processes(WORKER)[0].kill()
@@ -284,7 +317,9 @@ def test_a_snapshot_that_a_checkpoint_names_is_damaged(home, tell, how):
     assert refused
     assert all(f"v{event['version']:06d}" in event["problem"] for event in refused)
     remade = [event for event in outcome.of("published") if "refused" in event["reason"]]
-    assert remade[0]["encoder_step"] == outcome.of("began")[1]["step"]
+    again = outcome.of("began")[1]
+    assert remade[0]["encoder_step"] == again["step"] >= max(before)
+    assert outcome.opened(again) == remade[0]["version"]
     tell(
         f"the checkpoint's snapshot is {how}, and a worker dies",
         "it was refused by name and made anew before training went on",
@@ -304,14 +339,21 @@ def test_the_driver_is_killed_and_the_run_continued_by_name(home, tell):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     run = Folder(str(home / "runs" / "driver"))
-    until(lambda: pinned_versions(run), 120, "a checkpoint that names a version")
-    named = pinned_versions(run)
+    before = until(lambda: known if any((known := checkpoints(run)).values()) else None, 120, "a checkpoint with a version")
     driver.kill()
     driver.wait()
     time.sleep(1)
-    outcome = run_under(settings, lambda watch: None)
-    again = outcome.of("began")[-1]
-    check_whole(outcome, untold=again["epoch"])
-    assert again["version"] in named
+    there: dict[int, int] = {}
+
+    def look(watch: Watch) -> None:
+        watch.wait("began")
+        there.update(checkpoints(run))
+
+    outcome = run_under(settings, look)
+    check_whole(outcome, untold=outcome.of("began")[-1]["epoch"])
+    check_restart(outcome, before, there)
+    assert outcome.opened(outcome.of("began")[-1]) > 0
     shutil.rmtree(home / "runs" / "driver" / "pictures")
-    tell("kill −9 of the driver, and the same command again", "the run went on from its checkpoint with its version", outcome)
+    did = "the run went on from its checkpoint with its version"
+    unknown = "not known: what was told after the last epoch died with the driver"
+    tell("kill −9 of the driver, and the same command again", did, outcome, repeated=unknown)
