@@ -208,7 +208,7 @@ def test_a_worker_is_killed_around_a_swap(home, tell, when):
 
     def harm(watch: Watch) -> None:
         kind, fields = moment[when]
-        watch.wait(kind, **fields)
+        watch.wait(kind, 180.0, **fields)
         if when == "after":
             kept(watch, 1)
         before.update(until(lambda: checkpoints(watch.folder), 60, "a checkpoint"))
