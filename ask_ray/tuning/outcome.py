@@ -146,7 +146,7 @@ def page(about: str, answer: Sequence[str], table: Sheet, pictures: Sequence[str
 
 def sheet(title: str, rows: Sequence[Row], keys: Sequence[str], sweep: SweepSettings) -> Sheet:
     """The final table, best first. Figures are means over the seeds."""
-    headings = (*short(keys), sweep.metric, "test R@1", "refreshes", "seconds", "of", "", "trial")
+    headings = (*short(keys), sweep.metric, "test R@1", "refreshes", "refresh s", "training s", "", "trial")
     lines = []
     for row in ranked(rows, sweep.mode):
         point = [_cell(row["point"].get(key)) for key in keys]
