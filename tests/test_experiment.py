@@ -604,16 +604,24 @@ def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: 
 
 
 def test_a_corpus_without_a_test_split_is_trained_on_and_the_run_says_that_it_has_no_test_figures(
-    ray_session: None, home: Path
+    ray_session: None, home: Path, trees: dict[str, Path]
 ) -> None:
+    """WavCaps as it is by default: all of it is the training split."""
     console = Console(file=io.StringIO(), width=200)
-    settings = settings_of(home, run={"name": "untested"}, data={"soundscapes": {"test": 0}}, training={"epochs": 1})
+    settings = settings_of(
+        home,
+        run={"name": "untested"},
+        data={"corpus": "wavcaps", "max_rejected": 0.3, "wavcaps": {"path": str(trees["wavcaps"])}},
+        ask={"prototypes": 4, "neighbours": 3},
+        training={"epochs": 1, "batch_size": 4},
+        tracking={"enabled": True},
+    )
     result = experiment.run(settings, console)
     assert (result["epochs"], result["final"], result["final_injected"]) == (1, {}, {})
     assert json.loads((Path(result["folder"]) / "result.json").read_text()) == result
     told = console.file.getvalue()
     before, after = told.split("epoch   1/1")
-    assert "the run will end without test figures; hold clips out with data.soundscapes.test, or" in before
+    assert "the run will end without test figures; hold clips out with data.wavcaps.test, or" in before
     assert "No test figures: the corpus has no test split" in after
     assert "retrieval on the test split" not in told
 

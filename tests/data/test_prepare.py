@@ -333,7 +333,7 @@ from ask_ray.config import SettingsError, load
 
 ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 try:
-    experiment.prepare_only(load({"data": {"prepared": sys.argv[1], "soundscapes": {"train": 4, "validation": 0, "test": 0}}}))
+    experiment.prepare_only(load({"data": {"prepared": sys.argv[1], "soundscapes": {"train": 4, "validation": 0, "test": 1}}}))
 except SettingsError as error:
     print(error)
 """
