@@ -15,7 +15,7 @@ from ask_ray.config import DataSettings, KnowledgeSettings, ModelSettings, PoolS
 from ask_ray.data import prepare
 from ask_ray.data.corpora import source_of
 from ask_ray.journal import Journal
-from ask_ray.knowledge import snapshot
+from ask_ray.knowledge import refiner, snapshot
 from ask_ray.knowledge.encoding import EncodingPlan
 from ask_ray.knowledge.refiner import Outcome, Refiner, RefreshPlan, Request
 from ask_ray.knowledge.replica import Replica
@@ -197,7 +197,8 @@ def test_a_refiner_that_restarts_while_storage_is_away_knows_its_line_when_it_is
     requests.ask(5, "a test", ray.get(bench.weights["good"]))
     assert requests.wait() is None
     requests.stop()
-    assert [event["attempt"] for event in bench.events("failed")] == [1, 2]
+    failed = wait_for(lambda: len(bench.events("failed")) == 2 and bench.events("failed"))
+    assert [event["attempt"] for event in failed] == [1, 2]
     with pytest.raises(StorageError, match="knowledge"):
         bench.next_after(0)
     bench.home.local.unlink()
@@ -206,12 +207,19 @@ def test_a_refiner_that_restarts_while_storage_is_away_knows_its_line_when_it_is
     assert bench.settled(bench.request(6)) == (True, 2)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"from": 1, "after": null}'])
-def test_a_damaged_line_is_told_and_costs_no_more_than_the_line(bench, content):
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"7", b"{}", b'{"from": 1, "after": null}'])
+def test_no_line_is_read_from_a_damaged_file(tmp_path, content):
+    home = Folder.at(str(tmp_path))
+    home.write("line.json", content)
+    with pytest.raises(ValueError, match=r"\w"):
+        refiner._known_line(home, [1, 2])
+
+
+def test_a_damaged_line_is_told_and_costs_no_more_than_the_line(bench):
     (bench.home / "v000001").write("manifest.json", b"{}")  # counts as a version, though none is that could be opened
-    bench.home.write("line.json", content)
+    bench.home.write("line.json", b"{")
     assert bench.next_after(0) is None
-    assert [event["file"] for event in bench.events("not read")] == ["line.json"]
+    assert [event["file"] for event in wait_for(lambda: bench.events("not read"))] == ["line.json"]
     bench.call("start_from", 1)
     assert bench.next_after(0) == 1
 
@@ -281,8 +289,7 @@ def test_a_version_that_a_worker_refused_never_follows_newer_weights(bench, kind
     assert bench.settled(newer) == (True, 2 if kind == "good" else None)
     wait_for(lambda: len(bench.events("settled")) == 2)
     time.sleep(0.5)
-    assert {event["step"] for event in bench.events("started")} == {8, 9}
-    assert len(bench.events("started")) == 2
+    assert [event["step"] for event in wait_for(lambda: bench.events("started"))] == [8, 9]
     late = bench.request(8)
     assert bench.outcome(late) == "superseded by newer weights"
 
