@@ -33,6 +33,9 @@ POOL, REFINER, REFRESH, WORKER = "ray::MapWorker(MapBatches(Encoder))", "ray::Re
 
 EPOCHS, STEPS, ENTRIES = 8, 64, 1024
 
+#: Seconds in which whatever is waited for comes, also on a machine that has much else to do.
+PATIENCE = 300.0
+
 
 def settings_of(home: Path, name: str, storage: str | None = None, epochs: int = EPOCHS, **refresh: Any) -> Settings:
     """Two workers, 512 steps, a refresh every other epoch beside training."""
@@ -70,7 +73,7 @@ class Watch:
         told = [event for name in names for event in Journal(name).events()]
         return [event for event in told if event["kind"] == kind and event["time"] >= self.started]
 
-    def wait(self, kind: str, seconds: float = 90.0, **fields: Any) -> Event:
+    def wait(self, kind: str, seconds: float = PATIENCE, **fields: Any) -> Event:
         """The first event of a kind with these fields, as soon as it comes."""
 
         def found() -> Event | None:
@@ -80,13 +83,13 @@ class Watch:
 
     def restarted(self) -> dict[int, int]:
         """The checkpoints that the workers may have gone on from, as soon as they have begun again."""
-        until(lambda: len(self.events("began")) > 1, 120.0, "a restart")
+        until(lambda: len(self.events("began")) > 1, PATIENCE, "a restart")
         return checkpoints(self.folder)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """The processes of this session with a title, as soon as there are any; the youngest first."""
 
-        return until(lambda: running(title), 60.0, title)
+        return until(lambda: running(title), PATIENCE, title)
 
 
 def checkpoints(run: Folder) -> dict[int, int]:

@@ -16,6 +16,7 @@ import misbehave
 import pytest
 from sabotage import (
     EPOCHS,
+    PATIENCE,
     POOL,
     REFINER,
     REFRESH,
@@ -107,7 +108,7 @@ def test_the_pool_hangs(home, tell):
 @pytest.mark.parametrize(("what", "told"), [("raise", "raises"), ("few", "returns too few rows"), ("exit", "exits cleanly")])
 def test_an_encoder_goes_wrong_on_one_batch(home, tell, what, told):
     def harm(watch: Watch) -> None:
-        until(lambda: misbehave.carried_out(what), 90, f"{what} to be carried out")
+        until(lambda: misbehave.carried_out(what), PATIENCE, f"{what} to be carried out")
 
     misbehave.order(what)
     outcome = run_under(settings_of(home, what, stall_seconds=15), harm)
@@ -146,7 +147,7 @@ def test_training_diverges(home, tell):
 
     def harm(watch: Watch) -> None:
         watch.wait("epoch", epoch=2)
-        before.update(until(lambda: checkpoints(watch.folder), 60, "a checkpoint"))
+        before.update(until(lambda: checkpoints(watch.folder), PATIENCE, "a checkpoint"))
         misbehave.order("diverge")
         watch.wait("diverged")
         there.update(watch.restarted())
@@ -192,7 +193,7 @@ def test_refreshes_are_asked_for_faster_than_they_can_be_made(home, tell):
 
 def kept(watch: Watch, version: int) -> None:
     """Wait until Ray Train knows of a checkpoint that names a version."""
-    until(lambda: version in checkpoints(watch.folder).values(), 60, "a checkpoint with the version")
+    until(lambda: version in checkpoints(watch.folder).values(), PATIENCE, "a checkpoint with the version")
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
@@ -208,10 +209,10 @@ def test_a_worker_is_killed_around_a_swap(home, tell, when):
 
     def harm(watch: Watch) -> None:
         kind, fields = moment[when]
-        watch.wait(kind, 180.0, **fields)
+        watch.wait(kind, **fields)
         if when == "after":
             kept(watch, 1)
-        before.update(until(lambda: checkpoints(watch.folder), 60, "a checkpoint"))
+        before.update(until(lambda: checkpoints(watch.folder), PATIENCE, "a checkpoint"))
         watch.processes(WORKER)[0].kill()
         there.update(watch.restarted())
 
@@ -234,7 +235,7 @@ def test_storage_fills_up_while_a_version_is_published(home, tell):
     """The first file of the version is there; of the others the kernel refuses what is over 16 KiB."""
 
     def harm(watch: Watch) -> None:
-        until(lambda: misbehave.carried_out("fill"), 90, "the storage to fill up")
+        until(lambda: misbehave.carried_out("fill"), PATIENCE, "the storage to fill up")
 
     misbehave.order("fill")
     outcome = run_under(settings_of(home, "full"), harm)
@@ -339,7 +340,7 @@ def test_the_driver_is_killed_and_the_run_continued_by_name(home, tell):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     run = Folder(str(home / "runs" / "driver"))
-    before = until(lambda: known if any((known := checkpoints(run)).values()) else None, 120, "a checkpoint with a version")
+    before = until(lambda: known if any((known := checkpoints(run)).values()) else None, PATIENCE, "a checkpoint with a version")
     driver.kill()
     driver.wait()
     time.sleep(1)
