@@ -40,6 +40,19 @@ class Bench:
         ray.get(self.refiner.next_after.remote(99, 0.0))
         return snapshot.versions(self.home)
 
+    def renewed(self, pins: Pins, version: int | None) -> Callable[[], list[int]]:
+        """A function that looks anew, and gives the versions that are left."""
+
+        def versions() -> list[int]:
+            pins.renew(version)
+            return self.versions()
+
+        return versions
+
+    def not_listed(self) -> bool:
+        """Whether a look at storage that was away was told."""
+        return any(event["kind"] == "not listed" for event in self.journal.events())
+
     def checkpoint(self, name: str, version: int) -> None:
         (self.run / f"checkpoint_{name}").write_json("state.json", {"place": {"knowledge_version": version}})
 
@@ -62,12 +75,12 @@ def test_nothing_is_pruned_before_the_checkpoints_of_an_earlier_life_were_listed
     Path(bench.run.uri).write_bytes(b"")  # a file where the run's folder should be: it cannot be listed
     pins = Pins(bench.run, bench.refiner, bench.journal, kept=2)
     pins.renew(3)
-    wait_for(lambda: any(event["kind"] == "not listed" for event in bench.journal.events()))
+    wait_for(bench.not_listed)
     assert bench.versions() == [1, 2, 3, 4]
     Path(bench.run.uri).unlink()
     bench.checkpoint("old", 1)
-    pins.renew(None)
-    wait_for(lambda: bench.versions() == [1, 3, 4])
+    left = bench.renewed(pins, None)
+    wait_for(lambda: left() == [1, 3, 4])
 
 
 def test_what_was_found_stays_pinned_while_the_checkpoints_cannot_be_listed(bench):
@@ -78,9 +91,9 @@ def test_what_was_found_stays_pinned_while_the_checkpoints_cannot_be_listed(benc
     (bench.run / "checkpoint_old").delete()
     Path(bench.run.uri).rmdir()
     Path(bench.run.uri).write_bytes(b"")
-    pins.renew(0)
-    wait_for(lambda: any(event["kind"] == "not listed" for event in bench.journal.events()))
-    assert bench.versions() == [1, 4]
+    left = bench.renewed(pins, 0)
+    wait_for(lambda: left() == [1, 4] and bench.not_listed())
+    assert left() == [1, 4]
 
 
 def test_epochs_that_save_no_checkpoint_push_none_out(bench):
@@ -103,9 +116,5 @@ def test_no_step_waits_for_storage(bench, start_s3):
         assert time.monotonic() - started < 1
     finally:
         server.process.send_signal(signal.SIGCONT)
-
-    def seen() -> bool:
-        pins.renew(None)
-        return bench.versions() == [2, 3, 4]
-
-    wait_for(seen)
+    left = bench.renewed(pins, None)
+    wait_for(lambda: left() == [2, 3, 4])
