@@ -207,10 +207,14 @@ def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert checkpoint.pinned_versions(run), "no checkpoint was written in time"
-    result = experiment.run(settings, quiet())
+    heard: list[dict] = []
+    result = experiment.run(settings, quiet(), listen=heard.append)
+    (began,) = (event for event in heard if event["kind"] == "began")
+    assert began["step"] > 0, "it began anew"
     assert result["steps"] == 24
     assert result["epochs"] == 3
     assert result["final"] == sync_run["final"]
+    assert weights_of(result) == weights_of(sync_run)
 
 
 def weights_of(result: dict) -> bytes:
