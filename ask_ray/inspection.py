@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -125,10 +126,11 @@ def evaluate(
             title += f", of which it has SEEN {len(found['seen'])} {THINGS[opened.modality]}"
     _give(_retrieval_report(found, title, opened.modality), files, console)
     if found.get("seen"):
+        such, where = escape(repr(found["seen"][0])), escape(f"'[{on.folder}]'")
         console.print(
             f"[red]The figures are too high[/]: {len(found['seen'])} of the {on.clips(split)} {THINGS[opened.modality]}, such as "
-            f"{found['seen'][0]!r}, were trained on or stand in the knowledge base (same id, source id or samples). Prepare what "
-            f"is trained on with --data.held_out '[{on.folder}]'",
+            f"{such}, were trained on or stand in the knowledge base (same id, source id or samples). Prepare what is trained on "
+            f"with --data.held_out {where}",
             soft_wrap=True,
         )
     return found

@@ -399,8 +399,6 @@ def test_a_run_whose_tokens_meet_trains_is_evaluated_and_ranks_its_shortlist_by_
 ) -> None:
     changes = {"model": {"interaction": "late"}, "training": {"epochs": 2, "workers": 2, "batch_size": 8, "evaluate_every": 1}}
     result = experiment.run(settings_of(home, run={"name": "late"}, **changes), quiet())
-    epochs = [one for one in json.loads((Path(result["folder"]) / "history.json").read_text()) if one["kind"] == "epoch"]
-    assert epochs[0]["loss"] > epochs[-1]["loss"]
     opened = inspection.OpenedRun.at(result["folder"])
     assert opened.model.audio_tokens.weigh.weight.abs().sum() > 0, "the weights were not trained, or not kept"
     figures = inspection.evaluate(result["folder"], None, "test", transductive=True, console=quiet())

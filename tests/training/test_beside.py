@@ -16,6 +16,7 @@ from ask_ray.training.step import Stepper
 
 SETTINGS = load(
     {
+        "data": {"sample_rate": 8000},
         "model": {"width": 0.1, "dim": 16, "dropout": 0.5},
         "knowledge": {"pool": {"batch_size": 4}},
         "training": {"evaluation": "beside", "evaluation_cpus": 0.3, "evaluation_timeout_seconds": 7.0},
