@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
+from ray.tune.execution import class_cache
 from rich.console import Console
 
 from ask_ray import cluster, experiment, tracking
@@ -56,7 +59,7 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
         board = Board(folder, of, recorder, console)
         journal, keeper = Journal.start(f"ask_ray-sweep-{name}")
         plan = TrialPlan(_everywhere(settings), of, folder / "trials", recorder.run_id, journal)
-        with Follower(journal, board.heed):
+        with Follower(journal, board.heed), _addressed():
             results = _tuner(plan, checked, journal).fit()
         ray.kill(keeper)
         board.settle(results)
@@ -242,6 +245,20 @@ def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
             verbose=0,
         ),
     )
+
+
+@contextlib.contextmanager
+def _addressed() -> Iterator[None]:
+    """Trials know this session's address, as long as the `with` lasts. What gives back the resources of a trial that was stopped
+    asks for it, and where another session runs on the same machine it would find two, and keep them for ever (Ray 2.60)."""
+    name, before = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
+    class_cache.ENV_VARS_TO_PROPAGATE.add(name)
+    os.environ[name] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ |= {name: before} if before else {}
 
 
 def _begun(folder: Folder) -> bool:
