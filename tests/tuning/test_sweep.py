@@ -200,9 +200,12 @@ def test_values_are_what_the_runs_reported(swept):
     for row in json.loads((folder / "sweep.json").read_text())["trials"]:
         if row["value"] is not None:
             history = json.loads((folder / f"trials/{row['trial']}-seed-0/history.json").read_text())
-            last = [event for event in history if event["kind"] == "epoch"][-1]
-            assert row["value"] == last["mean_r1"] == (last["t2a_r1"] + last["a2t_r1"]) / 2
-            assert (row["status"] == "finished") == (last["epoch"] == 3)
+            epochs = [event for event in history if event["kind"] == "epoch"]
+            assert all(one["mean_r1"] == (one["t2a_r1"] + one["a2t_r1"]) / 2 for one in epochs)
+            if row["status"] == "finished":
+                assert (row["value"], 3) == (epochs[-1]["mean_r1"], epochs[-1]["epoch"])
+            else:  # a run may be an epoch further before it hears that it is stopped
+                assert row["value"] in [one["mean_r1"] for one in epochs]
 
 
 def test_only_the_best_trial_keeps_its_weights(swept):
@@ -243,7 +246,7 @@ def test_each_trial_is_an_mlflow_run_below_the_sweeps(swept):
         row = rows[run.data.tags["sweep.trial"]]
         assert run.data.tags["sweep.status"] == row["status"]
         assert float(run.data.params["training.learning_rate"]) == row["point"]["training.learning_rate"]
-        assert math.isclose(run.data.metrics.get("mean_r1", -1.0), -1.0 if row["value"] is None else row["value"])
+        assert row["status"] != "finished" or math.isclose(run.data.metrics["mean_r1"], row["value"])
     assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {
         "sweep.json",
         "sweep.md",
