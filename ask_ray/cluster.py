@@ -85,7 +85,7 @@ def fitted(settings: Settings) -> Settings:
     there = ray.cluster_resources()
     made = share(settings, there.get("GPU", 0.0))
     _check_sum(made, there.get("CPU", 0.0), there.get("GPU", 0.0))
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _alive()
     _check_nodes(made, nodes)
     return made
 
@@ -97,7 +97,7 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
     Raises:
         SettingsError: if not one fits beside its own process, with the sum.
     """
-    nodes = [{**node, "Resources": dict(node["Resources"])} for node in ray.nodes() if node["Alive"]]
+    nodes = [{**node, "Resources": dict(node["Resources"])} for node in _alive()]
     count = 0
     while _placed(settings, nodes):
         count += 1
@@ -138,7 +138,7 @@ def check_whole_cpu(what: str) -> None:
     Raises:
         SettingsError: beginning with `what`.
     """
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    largest = max((node["Resources"].get("CPU", 0.0) for node in _alive()), default=0.0)
     if largest < 1:
         raise SettingsError(
             f"{what} takes a whole CPU for each task, and no live node of the cluster has one (the largest has {largest:g}): add "
@@ -146,9 +146,19 @@ def check_whole_cpu(what: str) -> None:
         )
 
 
+def _alive() -> list[dict[str, Any]]:
+    """The live nodes, as Ray tells of them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def several_nodes() -> bool:
+    """Whether there is more than one."""
+    return len(_alive()) > 1
+
+
 def memories() -> list[float]:
     """Bytes of memory of each live node, as Ray counts it."""
-    return [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"].get("memory", 0.0) for node in _alive()]
 
 
 def share(settings: Settings, gpus: float) -> Settings:

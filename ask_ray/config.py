@@ -487,7 +487,6 @@ class SweepSettings(Section):
     trials: Count = Field(16, description="trials of random, optuna and pbt; grid makes all that there are")
     seeds: list[Natural] = Field([0], min_length=1, description="a trial trains once with each run.seed; its mean is its value")
     metric: str = Field("mean_r1", description="what is compared, of the validation split: mean_r1 is the mean of both R@1")
-    mode: Literal["max", "min"] = Field("max", description="whether more of `metric` is better, or less")
     concurrent: Count | None = Field(None, description="trials at once at most. Unset: as many as the cluster holds")
     early_stopping: bool = Field(False, description="stop trials that are behind others of the same age (ASHA)")
     grace_epochs: Count = Field(4, description="early stopping: no trial is stopped sooner")
@@ -495,6 +494,11 @@ class SweepSettings(Section):
     perturb_epochs: Count = Field(2, description="pbt: epochs between a trial's chances to take over a better one's weights")
     keep: Natural = Field(1, description="best trials that keep weights and knowledge base; of the others only figures are kept")
     seed: Natural = Field(0, description="seed of what random and optuna draw, and of pbt's first points")
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether more of `metric` is better, or, of ranks, less."""
+        return "min" if self.metric.endswith("_rank") else "max"
 
     @model_validator(mode="after")
     def check(self) -> SweepSettings:

@@ -20,6 +20,7 @@ from ask_ray.config import Settings, SettingsError
 from ask_ray.data import audio, esc50, pictures
 from ask_ray.data.batches import crop, longest, pad
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import Rejection, usable_pixels, usable_waveform
 from ask_ray.knowledge import snapshot
@@ -143,10 +144,8 @@ def _seen(opened: OpenedRun, on: Corpus, split: str) -> list[str]:
     knowledge = opened.settings.knowledge.sources if opened.settings.ask.enabled else ()
     for source in sources_of(list(dict.fromkeys([TRAIN, *knowledge])), opened.stood.corpus):
         known = Corpus.open(source.corpus).identities(source.split)
-        ids, source_ids, digests = {*known.ids}, {*known.source_ids} - {None}, {*known.digests}
-        for clip, source_id, digest in zip(*of, strict=True):
-            if clip in ids or source_id in source_ids or digest in digests:
-                seen.add(clip)
+        read = HeldOut(*(dict.fromkeys(filter(None, names), source.name) for names in known))
+        seen |= {clip for clip, *more in zip(*of, strict=True) if read.find(clip, *more)}
     return sorted(seen)
 
 

@@ -8,12 +8,13 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from pyarrow import NativeFile, fs
@@ -23,9 +24,35 @@ from ask_ray.config import UserError
 #: What may stand in the query of an ``s3://`` URI.
 S3_OPTIONS = ("region", "scheme", "endpoint_override")
 
+#: Seconds for which storage that is away is tried again, and the longest pause between two tries. Ray Train itself tries an
+#: upload up to three times, and a process group waits for a rank half an hour.
+PATIENCE, LONGEST_PAUSE = 300.0, 15.0
+
 
 class StorageError(UserError, OSError):
     """Storage that cannot be reached, read or written. The message names the place and what to do."""
+
+
+Made = TypeVar("Made")
+Tell = Callable[[StorageError], None]
+
+
+def patiently(act: Callable[[], Made], tell: Tell) -> Made:
+    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`; `tell` hears of every failure.
+
+    Raises:
+        StorageError: the last one.
+    """
+    end, pause = time.monotonic() + PATIENCE, 0.5
+    while True:
+        try:
+            return act()
+        except StorageError as error:
+            tell(error)
+            if time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def masked(text: str) -> str:

@@ -3,7 +3,8 @@
 python jobs/tune.py --space tune_spaces/smoke.yaml                     minutes on a laptop
 python jobs/tune.py --space tune_spaces/ask.yaml --sweep.trials 40     ρ, β, K, Nc and T together
 python jobs/tune.py --space tune_spaces/ask.yaml --sweep.name NAME     continue a sweep that broke off
-ray job submit --working-dir . -- python jobs/tune.py --space tune_spaces/ask.yaml --run.storage s3://BUCKET/runs
+ray job submit --working-dir . -- python jobs/tune.py --space tune_spaces/ask.yaml --run.storage s3://BUCKET/runs \\
+  --data.prepared s3://BUCKET/prepared --tracking.uri http://MLFLOW:5000
 
 Settings that all trials share are given as to jobs/train.py, and win over those of the space file.
 """

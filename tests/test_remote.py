@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ask_ray import experiment, inspection
+from ask_ray import experiment, inspection, storage
 from ask_ray.config import Settings, load, with_values
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
@@ -221,7 +221,7 @@ def test_storage_that_stays_away_is_an_error_in_the_end(start_s3, monkeypatch):
     server = start_s3()
     saved = Folder.at(server.uri("bucket/runs/one/checkpoint_a"))
     server.stop()
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.6)
+    monkeypatch.setattr(storage, "PATIENCE", 0.6)
     heard: list[StorageError] = []
     with pytest.raises(StorageError, match="checkpoint_a"), checkpoint.fetched(saved, heard.append):
         pass

@@ -55,17 +55,17 @@ class Requests:
             self._open, self._version = (request, reference), None
             self._changed.notify_all()
 
-    def wait(self) -> int | None:
-        """Wait for the newest request's end: its version, or None if it gave none.
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the newest request's end, at most so long: whether it is over, and `version` holds what it gave.
 
         Raises:
             RefinerDied: if it will never end.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._open is None or self._dead is not None)
-            if self._open is not None:
+            self._changed.wait_for(lambda: self._open is None or self._dead is not None, seconds)
+            if self._open is not None and self._dead is not None:
                 raise RefinerDied(f"the refiner is dead and is not restarted, so no knowledge base can be made: {self._dead}")
-            return self._version
+            return self._open is None
 
     def stop(self) -> None:
         """Follow no more."""

@@ -12,11 +12,10 @@ import json
 import math
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -30,20 +29,13 @@ from ask_ray import config
 from ask_ray.config import Settings, UserError
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.storage import Folder, StorageError
+from ask_ray.storage import Folder, StorageError, Tell, patiently
 
 PREFIX = "checkpoint_"
 
 #: Ray Train's list of them.
 CHECKPOINTS = "checkpoint_manager_snapshot.json"
 MEMORY = "memory.safetensors"
-
-#: Seconds for which storage that is away is tried again, and the longest pause between two tries. Ray Train itself tries an
-#: upload up to three times, and a process group waits for a rank half an hour.
-PATIENCE, LONGEST_PAUSE = 300.0, 15.0
-
-Made = TypeVar("Made")
-Tell = Callable[[StorageError], None]
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -215,24 +207,6 @@ def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
         raise CheckpointError(f"{run}: the run has no checkpoint {wanted}")
     with found[-1].as_directory() as folder:
         yield Path(folder)
-
-
-def patiently(act: Callable[[], Made], tell: Tell) -> Made:
-    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`; `tell` hears of every failure.
-
-    Raises:
-        StorageError: the last one.
-    """
-    end, pause = time.monotonic() + PATIENCE, 0.5
-    while True:
-        try:
-            return act()
-        except StorageError as error:
-            tell(error)
-            if time.monotonic() + pause > end:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def uploading(run: Folder, tell: Tell) -> Callable[[Checkpoint, str], Checkpoint]:

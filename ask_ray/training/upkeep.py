@@ -17,7 +17,7 @@ from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.knowledge.requests import Requests
 from ask_ray.knowledge.snapshot import SnapshotError
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.training.checkpoint import patiently
+from ask_ray.storage import patiently
 from ask_ray.training.corrections import Corrections
 from ask_ray.training.gather import agree_on_least, tell_all
 from ask_ray.training.gauges import Gauges
@@ -187,19 +187,10 @@ class Upkeep:
         All meet again and again until it is over, however long it takes: a rank that waited for rank 0 in one collective would be
         ended with the process group's patience.
         """
-        while tell_all(self._under_way()):
+        while not tell_all(self._requests is None or self._requests.wait(MEETING_SECONDS)):
             pass
-        version: int | None = tell_all(self._requests.wait() if self._requests is not None else None)
+        version: int | None = tell_all(self._requests.version if self._requests is not None else None)
         return version
-
-    def _under_way(self) -> bool:
-        """Whether the newest request is not over, after a short wait for it; rank 0 alone knows."""
-        if self._requests is None:
-            return False
-        end = time.monotonic() + MEETING_SECONDS
-        while self._requests.busy and time.monotonic() < end:
-            time.sleep(0.005)
-        return self._requests.busy
 
     def _swap(self, step: int) -> None:
         """Use the newest version that all ranks have, from this step on (one tiny all-reduce, no barrier besides)."""

@@ -27,7 +27,7 @@ from ask_ray.method.drift import rdm
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.models.weights import not_finite
-from ask_ray.storage import Folder, masked
+from ask_ray.storage import Folder, Tell, masked, patiently
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.gather import gather_objects, world_size
@@ -104,7 +104,7 @@ class Worker:
         """The run's corpus. Only a restart waits for storage that is away: where a run begins, the place may be a wrong one."""
         if ray.train.get_checkpoint() is None:
             return Corpus.open(self.plan.corpus)
-        return checkpoint.patiently(lambda: Corpus.open(self.plan.corpus), self._away("not opened"))
+        return patiently(lambda: Corpus.open(self.plan.corpus), self._away("not opened"))
 
     def _upkeep(self) -> Upkeep | None:
         plan, knowledge = self.plan, self.settings.knowledge
@@ -186,7 +186,7 @@ class Worker:
         self.place = checkpoint.restore(folder, self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank)
         return checkpoint.memory(folder)
 
-    def _away(self, kind: str) -> checkpoint.Tell:
+    def _away(self, kind: str) -> Tell:
         """What tells the journal that storage was away, as an event of this kind."""
         return lambda error: self.plan.journal.tell(kind, rank=self.rank, problem=str(error))
 

@@ -34,6 +34,9 @@ from ask_ray.tuning.trial import TrialPlan, train_trial
 #: Settings of a sweep that may change when it is continued; of `at_once`, :func:`_check_same` tells more.
 MAY_CHANGE = ("sweep.keep", "sweep.name", "at_once")
 
+#: The environment's variable by which Ray finds a session.
+ADDRESS = "RAY_ADDRESS"
+
 #: Where Ray Tune keeps its own state.
 TUNE = "tune"
 
@@ -104,11 +107,17 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     storage = Folder.at(settings.run.storage)
     storage.check_writable("run.storage")
     folder = storage / (of.name or time.strftime(f"{Path(swept.file).stem}-%Y%m%d-%H%M%S"))
+    begun = _check_same(folder, _told(swept, of, settings))
+    _check_record(settings)
     corpus = experiment.prepared(settings, console)
     at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus, search.wanted_at_once(of)))
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories())
-    begun = _check_same(folder, _told(swept, of, settings), at_once)
+    if begun is not None and at_once < begun:
+        raise SettingsError(
+            f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {at_once}: continue it where "
+            "there is as much room, or choose another sweep.name"
+        )
     return Checked(swept, points, settings, folder, begun is not None, begun or at_once, takes)
 
 
@@ -128,9 +137,9 @@ def _check_own(settings: Settings) -> None:
     Raises:
         SettingsError: naming the setting, and what to set instead.
     """
-    for setting, instead in (("name", "sweep.name"), ("seed", "sweep.seeds"), ("fork", "nothing: trials start anew")):
+    for setting, instead in (("name", "set sweep.name"), ("seed", "set sweep.seeds"), ("fork", "leave it unset")):
         if getattr(settings.run, setting) != RunSettings.model_fields[setting].default:
-            raise SettingsError(f"run.{setting}: a sweep gives it to its trials itself; set {instead}")
+            raise SettingsError(f"run.{setting}: a sweep gives it to its trials itself; {instead}")
 
 
 def _check_towers(settings: Settings, swept: Space, points: list[Point]) -> Towers:
@@ -146,18 +155,25 @@ def _fitted(settings: Settings) -> Settings:
     """The settings that all trials share, with every share of the cluster filled in for one trial.
 
     Raises:
-        SettingsError: if a trial cannot be scheduled, with the sum; for an elastic run, whose share is no fixed one; if trials
-            on several nodes would each be recorded where they run.
+        SettingsError: if a trial cannot be scheduled, with the sum; for an elastic run, whose share is no fixed one.
     """
     if settings.training.min_workers is not None:
         raise SettingsError("training.min_workers: the trials of a sweep have fixed shares; leave it unset")
-    tracking_ = settings.tracking
-    if tracking_.enabled and not tracking_.uri and len(cluster.memories()) > 1 and Folder.at(settings.run.storage).local is None:
+    return cluster.fitted(with_values(settings, {"training.workers": cluster.workers_of_trial(settings)}))
+
+
+def _check_record(settings: Settings) -> None:
+    """Refuse a record that trials on several nodes would each write where they run.
+
+    Raises:
+        SettingsError: naming the setting.
+    """
+    by_default = settings.tracking.enabled and not settings.tracking.uri
+    if by_default and cluster.several_nodes() and Folder.at(settings.run.storage).local is None:
         raise SettingsError(
             "tracking.uri: trials run on several nodes, and the default record is a file of each: name an MLflow server, or set "
             "tracking.enabled to false"
         )
-    return cluster.fitted(with_values(settings, {"training.workers": cluster.workers_of_trial(settings)}))
 
 
 def _everywhere(settings: Settings) -> Settings:
@@ -174,12 +190,11 @@ def _told(swept: Space, of: SweepSettings, settings: Settings) -> dict[str, Any]
     return {"space": dimensions, "sweep": of.model_dump(mode="json"), **settings.model_dump(mode="json")}
 
 
-def _check_same(folder: Folder, new: dict[str, Any], at_once: int) -> int | None:
-    """How many trials at once the sweep was begun with; None if it is not there yet.
+def _check_same(folder: Folder, new: dict[str, Any]) -> int | None:
+    """How many trials at once the sweep was begun with, which is what Ray Tune goes on with; None if it is not there yet.
 
     Raises:
-        SettingsError: if the name is that of a run, or of a sweep of another space or other settings, naming them; if there is
-            room for fewer trials than Ray Tune will start at once, because that is what it began with.
+        SettingsError: if the name is that of a run, or of a sweep of another space or other settings, naming them.
     """
     if folder.exists("settings.yaml"):
         raise SettingsError(f"sweep.name: {folder} is a run; choose another sweep.name")
@@ -188,11 +203,6 @@ def _check_same(folder: Folder, new: dict[str, Any], at_once: int) -> int | None
     old = yaml.safe_load(folder.read("space.yaml"))
     if differing := experiment.differences(old, new, (*MAY_CHANGE, *experiment.MAY_CHANGE)):
         raise SettingsError(f"sweep.name: {folder} is another sweep: {differing}. Choose another sweep.name")
-    if at_once < old["at_once"]:
-        raise SettingsError(
-            f"sweep.name: {folder} was begun with {old['at_once']} trials at once, and here is room for {at_once}: continue it "
-            "where there is as much room, or choose another sweep.name"
-        )
     return int(old["at_once"])
 
 
@@ -251,14 +261,14 @@ def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
 def _addressed() -> Iterator[None]:
     """Trials know this session's address, as long as the `with` lasts. What gives back the resources of a trial that was stopped
     asks for it, and where another session runs on the same machine it would find two, and keep them for ever (Ray 2.60)."""
-    name, before = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
-    class_cache.ENV_VARS_TO_PROPAGATE.add(name)
-    os.environ[name] = ray.get_runtime_context().gcs_address
+    before = dict(os.environ)
+    class_cache.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
     try:
         yield
     finally:
-        os.environ.pop(name)
-        os.environ |= {name: before} if before else {}
+        del os.environ[ADDRESS]
+        os.environ |= {name: value for name, value in before.items() if name == ADDRESS}
 
 
 def _begun(folder: Folder) -> bool:

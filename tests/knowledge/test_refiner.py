@@ -159,7 +159,8 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     ray.kill(bench.refiner, no_restart=False)
     requests.ask(9, "a test", ray.get(bench.weights["good"]))
     assert requests.busy
-    assert requests.wait() == requests.version == 3
+    assert requests.wait()
+    assert requests.version == 3
     assert not requests.busy
     requests.stop()
     assert bench.settled(third, 0.0) == (False, None)
@@ -180,7 +181,8 @@ def test_a_request_that_died_with_the_refiner_is_asked_again(bench):
     requests.ask(3, "a test", ray.get(bench.weights["good"]))
     wait_for(lambda: bench.events("started"))
     ray.kill(bench.refiner, no_restart=False)
-    version = requests.wait()
+    assert requests.wait()
+    version = requests.version
     requests.stop()
     assert version is not None
     assert bench.next_after(0) == version
@@ -195,7 +197,8 @@ def test_a_refiner_that_restarts_while_storage_is_away_knows_its_line_when_it_is
     ray.kill(bench.refiner, no_restart=False)
     requests = Requests(bench.refiner)
     requests.ask(5, "a test", ray.get(bench.weights["good"]))
-    assert requests.wait() is None
+    assert requests.wait()
+    assert requests.version is None
     requests.stop()
     failed = wait_for(lambda: len(bench.events("failed")) == 2 and bench.events("failed"))
     assert [event["attempt"] for event in failed] == [1, 2]

@@ -21,6 +21,7 @@ from ask_ray.knowledge import index
 from ask_ray.knowledge.encoding import EncodingPlan
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.replica import Replica
+from ask_ray.knowledge.requests import RefinerDied
 from ask_ray.knowledge.snapshot import Embeddings, Entries, publish
 from ask_ray.knowledge.sources import Source
 from ask_ray.storage import Folder
@@ -120,6 +121,15 @@ def test_a_swap_is_seen_at_the_metrics_endpoint_at_once(start, scraped):
     found = scraped(RUN)
     assert (found["step"], found["lag_steps"]) == (12, 12)
     assert found["swap_ms"] > 0
+
+
+def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
+    bench = start(mode="sync")
+    upkeep = bench.upkeep()
+    upkeep.begin(0, None, 0, {})
+    ray.kill(bench.refiner)
+    with pytest.raises(RefinerDied, match="is not restarted"):
+        upkeep.refresh(0, "a test", wait=True)
 
 
 def test_ranks_wait_longer_for_a_refresh_than_their_process_group_waits_for_a_rank(start, tmp_path):
