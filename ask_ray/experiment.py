@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ask_ray import cluster, report, tables, tracking
+from ask_ray import cluster, lease, report, tables, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
@@ -92,8 +92,16 @@ def run(
     check_memory(takes, trainer.workers_of(settings), cluster.memories())
     if settings.run.dry_run:
         return {"name": place.name, **tell_forecast(console, settings, takes)}
-    place.folder.write("settings.yaml", settings.to_yaml().encode())
-    console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
+    with lease.held(place.folder, "run.name"):
+        place.folder.write("settings.yaml", settings.to_yaml().encode())
+        console.print(f"{'Continuing' if continued else 'Starting'} run [bold]{place.name}[/] in {place.folder}")
+        return _driven(settings, place, corpus, console, listen, tags)
+
+
+def _driven(
+    settings: Settings, place: RunPlace, corpus: Corpus, console: Console, listen: Listener, tags: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Train, record and report, when all is checked."""
     journal, keeper = Journal.start()
     started = time.time()
     with tracking.Recorder(settings, place.folder, tags) as recorder:

@@ -63,9 +63,17 @@ class Requests:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._open is None or self._dead is not None, seconds)
-            if self._open is not None and self._dead is not None:
-                raise RefinerDied(f"the refiner is dead and is not restarted, so no knowledge base can be made: {self._dead}")
+            self.check()
             return self._open is None
+
+    def check(self) -> None:
+        """Find out, without waiting, whether the newest request can still end.
+
+        Raises:
+            RefinerDied: if it cannot.
+        """
+        if self._open is not None and self._dead is not None:
+            raise RefinerDied(f"the refiner is dead and is not restarted, so no knowledge base can be made: {self._dead}")
 
     def stop(self) -> None:
         """Follow no more."""

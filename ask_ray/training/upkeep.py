@@ -157,6 +157,7 @@ class Upkeep:
 
     def _due(self, step: int, epoch_starts: bool) -> str | None:
         assert self._requests is not None
+        self._requests.check()  # training on with entries that nobody renews would pass unnoticed
         drift = self._drift.take().get("rdm")
         unseen = self._requests.version is not None and not self._replica.seen(self._requests.version)
         busy = self._requests.busy or unseen

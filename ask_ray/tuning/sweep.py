@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 from rich.console import Console
 
-from ask_ray import cluster, experiment, tracking
+from ask_ray import cluster, experiment, lease, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, SweepSettings, with_values
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Follower, Journal
@@ -55,7 +55,13 @@ def sweep(settings: Settings, of: SweepSettings, file: SpaceFile, console: Conso
     checked = _checked(settings, of, file.space, console)
     if settings.run.dry_run:
         return experiment.tell_forecast(console, checked.settings, checked.takes)
-    _begin(checked, of, console)
+    with lease.held(checked.folder, "sweep.name"):
+        _begin(checked, of, console)
+        return _driven(checked, of, console)
+
+
+def _driven(checked: Checked, of: SweepSettings, console: Console) -> dict[str, Any]:
+    """Run the trials to their end, and find the answer."""
     folder, settings, name = checked.folder, checked.settings, checked.folder.name
     started = time.time()
     with tracking.Recorder(settings, folder, {"sweep": name}) as recorder:

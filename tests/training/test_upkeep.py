@@ -132,6 +132,23 @@ def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
         upkeep.refresh(0, "a test", wait=True)
 
 
+def test_training_does_not_go_on_without_noticing_that_the_refiner_is_dead_for_good(start):
+    bench = start(mode="async")
+    upkeep = bench.upkeep()
+    upkeep.begin(0, None, 0, {})
+    ray.kill(bench.refiner)
+    upkeep.refresh(0, "a test", wait=False)
+
+    def noticed() -> bool:
+        try:
+            upkeep.before_step(0, epoch_starts=False)
+        except RefinerDied:
+            return True
+        return False
+
+    wait_for(noticed)
+
+
 def test_ranks_wait_longer_for_a_refresh_than_their_process_group_waits_for_a_rank(start, tmp_path):
     patience, longer = 10.0, 14.0
     bench = start(mode="sync", attempts=2, backoff_seconds=longer)
