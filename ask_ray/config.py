@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ask_ray.modality import THINGS, Form, Modality
@@ -79,7 +80,11 @@ class RunSettings(Section):
         description="folder or URI of another run: begin from its newest checkpoint that leaves epochs to do, with its weights, "
         "optimiser and place in the schedule, under these settings. The knowledge base is made anew",
     )
-    dry_run: bool = Field(False, description="check data, weights, memory and resources, tell what the run takes; train nothing")
+    dry_run: bool = Field(
+        False,
+        description="prepare the corpus if it is not there yet, check data, weights, memory and resources, tell what the run "
+        "takes; train nothing",
+    )
     worker_logs: bool = Field(False, description="show what workers and actors print; it is always kept in Ray's logs")
     seed: Natural = Field(0, description="seed of weights, shuffling, caption choice, augmentation and k-means")
 
@@ -216,8 +221,10 @@ class DataSettings(Section):
     shard_clips: Count = Field(256, description="clips a prepared Parquet file holds: the unit of preparing and resuming")
     prepare_tasks: Count = Field(2, description="preparing tasks at once; each takes one CPU")
     shuffle_clips: Count = Field(8192, description="a worker shuffles its clips in windows of this many")
-    cache_mib: Natural = Field(1024, description="MiB of waveforms or pictures a worker keeps in memory")
-    loader_processes: Natural = Field(0, description="processes beside each worker that read batches; 0: the worker does")
+    cache_mib: Natural = Field(1024, description="MiB of waveforms or pictures that a worker and its loaders keep")
+    loader_processes: Natural = Field(
+        0, description="processes beside each worker that read batches, each all that the worker sees; 0: the worker reads"
+    )
     soundscapes: SoundscapeSettings = SoundscapeSettings()
     folder: FolderSettings = FolderSettings()
     audiocaps: LayoutSettings = LayoutSettings()
@@ -338,8 +345,8 @@ class RefreshSettings(Section):
 
     policy: Literal["static", "fixed", "adaptive", "continuous"] = Field(
         "fixed",
-        description="static: build once; fixed: every `interval`; adaptive: when drift passes `threshold`; continuous: the "
-        "next starts when the last is in",
+        description="static: build once (and, as after every run, once more by the final weights); fixed: every `interval`; "
+        "adaptive: when drift passes `threshold`; continuous: the next starts when the last is in",
     )
     unit: Literal["epochs", "steps"] = Field("epochs", description="unit of `interval`, `min_interval` and `max_interval`")
     interval: Span = Field(3.0, description="T, between the refreshes of policy fixed; fractions of an epoch are allowed")
@@ -411,7 +418,9 @@ class TrainingSettings(Section):
 
     epochs: Count = Field(14, description="passes over the training split")
     batch_size: Count = Field(32, description="pairs per worker and step")
-    workers: Count | None = Field(None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs")
+    workers: Count | None = Field(
+        None, description="data-parallel workers. Unset: one for each GPU, or two without GPUs; one in a sweep's trial"
+    )
     min_workers: Count | None = Field(
         None,
         description="go on with as few as this when nodes are lost, and grow to `workers` when they return (elastic); needs "
@@ -469,7 +478,10 @@ class TrackingSettings(Section):
     """Where MLflow records runs."""
 
     enabled: bool = Field(True, description="record with MLflow")
-    uri: str | None = Field(None, description="MLflow tracking URI. Unset: SQLite beside the runs")
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking URI. Unset: SQLite beside the runs, or in the current folder if they are kept elsewhere",
+    )
     experiment: str = Field("ask_ray", min_length=1, description="MLflow experiment")
 
 
@@ -683,6 +695,10 @@ def describe(error: Exception) -> str:
     return "\n".join(rows)
 
 
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help whose description keeps its lines: it shows commands."""
+
+
 class _Parser(ArgumentParser):
     """An argument parser whose errors are one message, not the whole usage."""
 
@@ -699,7 +715,7 @@ def parser(description: str) -> ArgumentParser:
     ``--config`` takes a YAML file or a preset's name and may be repeated; later ones win, and dotted arguments such as
     ``--ask.rho 0.5`` win over all of them, wherever they stand. ``--print_config`` prints the tree that results.
     """
-    made = _Parser(description=description, default_meta=False)
+    made = _Parser(description=description, default_meta=False, formatter_class=_Help)
     presets = ", ".join(sorted(_presets()))
     made.add_argument("--config", action="config", help=f"a YAML file of settings, or a preset: {presets}")
     for name, field in Settings.model_fields.items():

@@ -1,8 +1,8 @@
 """Sweep settings with Ray Tune: every trial is a whole run, and the answer is which settings, by how much, how sure.
 
-python jobs/tune.py --space tune_spaces/smoke.yaml                     minutes on a laptop
-python jobs/tune.py --space tune_spaces/ask.yaml --sweep.trials 40     ρ, β, K, Nc and T together
-python jobs/tune.py --space tune_spaces/ask.yaml --sweep.name NAME     continue a sweep that broke off
+python jobs/tune.py --space tune_spaces/smoke.yaml                                     minutes on a laptop
+python jobs/tune.py --space tune_spaces/ask.yaml --sweep.trials 40 --sweep.name NAME   ρ, β, K, Nc and T together; the same
+                                                                                       again goes on if it broke off
 ray job submit --working-dir . -- python jobs/tune.py --space tune_spaces/ask.yaml --run.storage s3://BUCKET/runs \\
   --data.prepared s3://BUCKET/prepared --tracking.uri http://MLFLOW:5000
 

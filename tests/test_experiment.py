@@ -24,7 +24,7 @@ from picture_trees import coco_2017, save, scene
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ask_ray import experiment, inspection, report
+from ask_ray import experiment, inspection, lease, report
 from ask_ray.config import Settings, SettingsError, UserError, load
 from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
@@ -299,6 +299,16 @@ def test_epochs_whose_evaluation_gave_no_figures_are_named(small_corpus, home: P
 def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:
     with pytest.raises(SettingsError, match=r"run\.name.*ask\.rho"):
         experiment.run(settings_of(home, run={"name": "sync-a"}, ask={"rho": 0.3}, tracking={"enabled": True}), quiet())
+
+
+def test_a_run_that_is_under_way_is_not_driven_twice(sync_run: dict, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    settings = settings_of(home, run={"name": "sync-a"}, tracking={"enabled": True})
+    with (
+        lease.held(Folder(sync_run["folder"]), "run.name"),
+        pytest.raises(SettingsError, match=r"run\.name: .*sync-a is under way"),
+    ):
+        experiment.run(settings, quiet())
 
 
 def test_plain_contrastive_training_keeps_no_knowledge_base(ray_session: None, home: Path) -> None:

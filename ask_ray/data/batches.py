@@ -2,7 +2,8 @@
 
 Which clips a worker sees in a step follows from the seed, the epoch, the worker's rank, the number of workers and the size
 of the shuffling window, so a run can be taken up at any step. Shuffling goes by row groups first and then within windows
-that fit in memory: a corpus on remote storage is read about once per epoch, not once per worker.
+that fit in memory: a corpus on remote storage is read about once per epoch, not once per worker; with loader processes, once
+by each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ask_ray.config import DataSettings
 from ask_ray.data.corpus import ClipRows, Corpus, Group
-from ask_ray.data.schema import id_number
+from ask_ray.data.schema import ROW_GROUP, id_number
 
 Tokenise = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
@@ -135,22 +136,25 @@ class TrainingBatches:
     def _groups(self) -> list[Group]:
         return self.corpus.groups("train")
 
+    @property
+    def _cache_bytes(self) -> int:
+        """What one process may keep: loader processes share what the worker is given."""
+        return max((self.data.cache_mib << 20) // max(1, self.data.loader_processes), 1)
+
     @cached_property
     def _cache(self) -> LRUCache[Group, ClipRows]:
-        limit = max(self.data.cache_mib << 20, 1)
-        return LRUCache(maxsize=limit, getsizeof=lambda rows: rows.samples.nbytes)
+        """Row groups as they were read; the last one stays, however large it is."""
+        limit = self._cache_bytes
+        return LRUCache(maxsize=limit, getsizeof=lambda rows: min(rows.samples.nbytes, limit))
 
     def _rows(self, group: Group) -> ClipRows:
         if group not in self._cache:
-            rows = self.corpus.read(group)
-            if rows.samples.nbytes > self._cache.maxsize:
-                return rows
-            self._cache[group] = rows
+            self._cache[group] = self.corpus.read(group)
         return self._cache[group]
 
     def _window(self) -> int:
-        """Clips to shuffle together: as many as asked for, if the cache holds them."""
-        fit = int((self.data.cache_mib << 20) / max(1.0, self.corpus.mean_bytes("train")))
+        """Clips to shuffle together: as many as asked for, if the cache holds their row groups, whole also at both ends."""
+        fit = int(self._cache_bytes / max(1.0, self.corpus.mean_bytes("train"))) - 2 * ROW_GROUP
         return max(self.batch_size, min(self.data.shuffle_clips, fit))
 
     def _order(self, epoch: int) -> list[tuple[int, int]]:
@@ -158,7 +162,8 @@ class TrainingBatches:
         return epoch_order(sizes, self.seed, epoch, self.rank, self.workers, self._window())
 
     def _batch(self, places: Sequence[tuple[int, int]], rng: np.random.Generator) -> Batch:
-        rows = [(self._rows(self._groups[group]), row) for group, row in places]
+        read = {group: self._rows(self._groups[group]) for group in dict.fromkeys(group for group, _ in places)}
+        rows = [(read[group], row) for group, row in places]
         limit = longest(self.data.max_seconds, self.corpus.sample_rate)
         inputs, sizes = pad([crop(found.signal(row), limit, rng) for found, row in rows])
         chosen = [int(rng.integers(len(found.captions[row]))) for found, row in rows]

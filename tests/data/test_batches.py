@@ -1,6 +1,6 @@
 """Training batches: fair shares, the same again after a restart, captions of the very clip."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ask_ray.config import DataSettings, FolderSettings
 from ask_ray.data.batches import Batch, TrainingBatches, crop, epoch_order, longest, pad
-from ask_ray.data.corpus import Corpus
+from ask_ray.data.corpus import ClipRows, Corpus, Group
 from ask_ray.data.prepare import prepare
 from ask_ray.data.schema import SPLITS, id_number
+from ask_ray.storage import Folder
 
 GROUPS = st.lists(st.integers(1, 64), min_size=1, max_size=12)
 
@@ -202,6 +203,48 @@ def test_with_a_cache_a_row_group_is_read_once(small_corpus, monkeypatch):
     for epoch in range(2):
         assert len(list(made.epoch(epoch))) == 9
     assert sorted(read) == sorted(small_corpus.groups("train"))
+
+
+@dataclass(frozen=True)
+class Large(Corpus):
+    """A corpus too large for any cache here: 4000 clips of one mebibyte's 16th, silent, whose reads are counted."""
+
+    reads: list[Group] = field(default_factory=list)
+
+    def read(self, group: Group) -> ClipRows:
+        self.reads.append(group)
+        ids = [f"{group.file}-{group.number}-{row}" for row in range(group.clips)]
+        samples, offsets = np.zeros(group.clips << 15, np.int16), np.arange(group.clips + 1) << 15
+        return ClipRows(ids, [["a bell"]] * group.clips, samples, offsets)
+
+
+def large() -> Large:
+    files = [{"name": f"train-{number}", "clips": 250} for number in range(16)]
+    split = {"clips": 4000, "samples": 4000 << 15, "files": files}
+    return Large(
+        Folder.at("nowhere"),
+        {"modality": "audio", "sample_rate": 8000, "settings": {"keep_seconds": 300}, "splits": {"train": split}},
+    )
+
+
+@pytest.mark.parametrize(("loaders", "cache_mib"), [(0, 32), (2, 64)])
+def test_a_window_is_no_larger_than_what_the_cache_holds(loaders, cache_mib):
+    """250 MiB through 32: each row group is read little more than once, by each process that reads."""
+    made = batches_of(corpus := large(), workers=1, cache_mib=cache_mib, loader_processes=loaders)
+    order = made._order(0)
+    places = [order[step * 16 : (step + 1) * 16] for step in range(0, made.steps, max(1, loaders))]
+    for of_batch in places:
+        made._batch(of_batch, np.random.default_rng(0))
+    assert len(corpus.reads) < 1.3 * len(corpus.groups("train"))
+    assert made._cache.currsize <= 32 << 20
+
+
+def test_a_row_group_that_is_larger_than_the_cache_is_read_once_for_a_batch():
+    made = batches_of(corpus := large(), workers=1, cache_mib=0)
+    for step in range(40):
+        made._batch(made._order(0)[step * 16 : (step + 1) * 16], np.random.default_rng(0))
+    assert len(corpus.reads) <= 2 * 40
+    assert len(corpus.reads) < 25, "one is kept from batch to batch"
 
 
 def test_long_clips_are_cropped_to_max_seconds(small_corpus):

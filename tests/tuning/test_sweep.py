@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from sweeps import QUICK, start, write_space
 
-from ask_ray import tracking
+from ask_ray import lease, tracking
 from ask_ray.config import SettingsError, SweepSettings, load
 from ask_ray.storage import Folder
 from ask_ray.tuning import space, sweep
@@ -98,6 +98,15 @@ def test_a_name_of_a_run_or_of_another_sweep_is_refused(home, ray_session):
         SettingsError, match=r"sweep.name: .*other is another sweep: space.ask.beta.grid \(\[0.1\] there, None here\)"
     ):
         begin(home, RHO, {**GRID, "name": "other"})
+
+
+def test_a_sweep_that_is_under_way_is_not_driven_twice(home, ray_session, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    with (
+        lease.held(Folder.at(str(home / "runs/driven")), "sweep.name"),
+        pytest.raises(SettingsError, match=r"sweep\.name: .*driven is under way"),
+    ):
+        begin(home, RHO, {**GRID, "name": "driven"})
 
 
 def test_a_sweep_lives_on_object_storage_and_is_continued_there(ray_session, s3, tmp_path):
