@@ -34,6 +34,7 @@ from ask_ray.data.prepare import prepare
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.encoding import Encoder, EncodingPlan, encode
+from ask_ray.knowledge.policy import Clock
 from ask_ray.knowledge.replica import Replica
 from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries
 from ask_ray.knowledge.sources import sources_of
@@ -175,7 +176,7 @@ class Rank:
 
     def run(self, swaps: int) -> list[float]:
         """Step until so many versions were swapped in: seconds of each step."""
-        self._upkeep.begin(0, None, 0, {})
+        self._upkeep.begin(0, None, Clock(), {})
         took: list[float] = []
         while self._upkeep.version < swaps:
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 from ask_ray.config import SettingsError
 from ask_ray.data.schema import FORMAT, KEPT, ROW_GROUP, SPLITS, Kept
 from ask_ray.modality import Form
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, patiently
+
+LOG = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
@@ -167,10 +170,18 @@ class Corpus:
         return found
 
     def read(self, group: Group) -> ClipRows:
-        """Read one row group."""
-        with (self.folder / "clips").open(group.file) as stream:
-            names = ["id", "captions", self.kept.samples, *self.kept.sides]
-            table = pq.ParquetFile(stream).read_row_group(group.number, columns=names)
+        """Read one row group. Storage that is away is tried again for a while: what is read here is read in the middle of things.
+
+        Raises:
+            StorageError: if it stays away.
+        """
+        names = ["id", "captions", self.kept.samples, *self.kept.sides]
+
+        def table_of_it() -> pa.Table:
+            with (self.folder / "clips").open(group.file) as stream:
+                return pq.ParquetFile(stream).read_row_group(group.number, columns=names)
+
+        table = patiently(table_of_it, lambda error: LOG.warning("not read yet: %s", error))
         held = table.column(self.kept.samples).combine_chunks()
         sides = [table.column(name).to_numpy() for name in self.kept.sides]
         ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))

@@ -16,9 +16,10 @@ from ask_ray.config import RefreshSettings
 class Moment:
     """What is known before a step.
 
-    step: steps done; epoch_starts: no step of this epoch is done yet; asked: the step of the last refresh asked for, None
-    before the first; has_knowledge: a version is in use; busy: a refresh is under way; drift: RDM in nats of the version
-    in use, the mean of both modalities, or None where nothing was measured since the last moment.
+    step: steps done, by a :class:`Clock`; epoch_starts: no step of this epoch is done yet; asked: the step of the last refresh
+    asked for, by the same clock, None before the first; has_knowledge: a version is in use; busy: a refresh is under way;
+    drift: RDM in nats of the version in use, the mean of both modalities, or None where nothing was measured since the last
+    moment.
     """
 
     step: int
@@ -27,6 +28,23 @@ class Moment:
     has_knowledge: bool
     busy: bool
     drift: float | None = None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Steps done as the schedule counts them: epochs have another number of steps since workers were lost or came.
+
+    step: steps done when this worker began; position: the same in epochs of now; pace: steps of an epoch now over those before.
+    """
+
+    step: int = 0
+    position: int = 0
+    pace: float = 1.0
+
+    def at(self, step: int) -> int:
+        """The position of a step, of now or of before."""
+        since = step - self.step
+        return self.position + (since if since >= 0 else round(since * self.pace))
 
 
 class Policy(Protocol):

@@ -147,6 +147,7 @@ class Refiner:
         self._current: ray.ObjectRef | None = None
         self._moved = 0.0
         self._worker: asyncio.Task[None] | None = None
+        self._storing = asyncio.Lock()  # what is written and removed beside the versions, one after the other
 
     async def _recall(self) -> None:
         """Know what was published before this actor started. Read once, by the first who needs it.
@@ -161,11 +162,11 @@ class Refiner:
     async def _read(self) -> None:
         there = await asyncio.to_thread(snapshot.versions, self._plan.home)
         try:
-            line = await asyncio.to_thread(_known_line, self._plan.home, there)
+            line, told = await asyncio.to_thread(_known_line, self._plan.home, there)
         except ValueError as error:  # no version of an unknown line is swapped in: a restart may have taken it back
             self._journal.tell("not read", file=LINE, problem=str(error))
-            line = []
-        self._last, self._line = max(there, default=0), line
+            line, told = [], 0
+        self._last, self._line = max([*there, told]), line
 
     async def start_from(self, version: int) -> None:
         """Begin (again) at a version, 0 for none: later ones belong to steps that a restart took back.
@@ -178,8 +179,11 @@ class Refiner:
         self._latest = 0
         self._line = [version] if version else []
         self._live = version
+        self._last = max(self._last, version)  # one that is gone from storage must not be taken for a new one of its number
+        line = {"from": version, "after": self._last}
         try:
-            self._plan.home.write_json(LINE, {"from": version, "after": self._last})
+            async with self._storing:
+                await asyncio.to_thread(self._plan.home.write_json, LINE, line)
         except OSError as error:  # only a restart of this actor would miss it
             self._journal.tell("not written", file=LINE, problem=str(error))
 
@@ -256,6 +260,11 @@ class Refiner:
         self._pinned = set(versions)
         await self._prune()
 
+    async def tidied(self) -> None:
+        """Wait until nothing is being removed any more."""
+        async with self._storing:
+            pass
+
     @property
     def _running(self) -> bool:
         """Whether a request is under way."""
@@ -278,7 +287,8 @@ class Refiner:
             try:
                 await self._run(request, weights)
             except asyncio.CancelledError:
-                self._settle(request, None, "given up")
+                if not self._outcomes[request.ticket].over:
+                    self._settle(request, None, "given up")
                 raise
 
     async def _run(self, request: Request, weights: ray.ObjectRef) -> None:
@@ -343,25 +353,27 @@ class Refiner:
             return
         try:
             await self._recall()
-            needed = self._pinned | {version for version in self._line if version >= self._live}
-            snapshot.prune(self._plan.home, self._plan.knowledge.keep, needed)
+            async with self._storing:
+                needed = self._pinned | {version for version in self._line if version >= self._live}
+                await asyncio.to_thread(snapshot.prune, self._plan.home, self._plan.knowledge.keep, needed)
         except OSError as error:  # storage that is away for now: the next refresh prunes again
             self._journal.tell("not pruned", problem=str(error))
 
 
-def _known_line(home: Folder, there: list[int]) -> list[int]:
-    """The line as the last :meth:`Refiner.start_from` left it, with the versions published since.
+def _known_line(home: Folder, there: list[int]) -> tuple[list[int], int]:
+    """The line as the last :meth:`Refiner.start_from` left it, with the versions published since; and the last number that was
+    given by then.
 
     Raises:
         ValueError: if the file that tells of it is damaged.
         StorageError: if it cannot be read.
     """
     if not home.exists(LINE):
-        return []
+        return [], 0
     told = home.read_json(LINE)
     if not isinstance(told, dict) or not all(isinstance(told.get(name), int) for name in ("from", "after")):
         raise ValueError("it does not tell from which version on the line goes")
-    return [version for version in there if version == told["from"] or version > told["after"]]
+    return [version for version in there if version == told["from"] or version > told["after"]], int(told["after"])
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -16,7 +16,7 @@ from ask_ray.config import AskSettings
 from ask_ray.knowledge.replica import Neighbourhood, Reading
 from ask_ray.method import drift, influence, injection, interaction, negatives, objective, reliability, transport
 from ask_ray.method.interaction import Tokens
-from ask_ray.training.gather import gather, gather_tokens, world_size
+from ask_ray.training.gather import gather, gather_tokens, rank, world_size
 
 #: Out-of-batch similarities of audio and of text queries, (global B, M) each, or None.
 Extra = tuple[Tensor | None, Tensor | None]
@@ -138,7 +138,7 @@ def step(
         reads = read_knowledge(u, v, readings, ask)
         audio, text = injection.inject(u, reads.audio, ask.rho), injection.inject(v, reads.text, ask.rho)
         consistency = gather(reads.consistency.detach())
-        extra = _knowledge_negatives(u, v, readings, ask)
+        extra = _knowledge_negatives(u, v, ids.chunk(world_size())[rank()], readings, ask)
     audio, text = gather(audio), gather(text)
     if queue is not None and queue.ids is not None:
         extra = _queue_negatives(audio, text, ids, queue)
@@ -155,16 +155,19 @@ def _tokenwise(frames: Tokens, words: Tokens) -> Tensor:
     return gather(interaction.token_scores(frames, gather_tokens(words)))
 
 
-def _knowledge_negatives(u: Tensor, v: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
-    """Similarities of each pair's own embeddings to its neighbours' other-modality rows, gathered: (global B, K) each.
+def _knowledge_negatives(u: Tensor, v: Tensor, own: Tensor, readings: dict[str, Reading], ask: AskSettings) -> Extra:
+    """Similarities of each pair's own embeddings to its neighbours' other-modality rows, gathered: (global B, K) each. `own`:
+    (B,) int64 clip numbers of the local batch.
 
-    Own, not injected: injection mixes those very neighbours in, and the two terms would pull against each other.
+    Own, not injected: injection mixes those very neighbours in, and the two terms would pull against each other. A pair's own
+    clip may be its neighbour (`ask.exclude` none), but never its negative.
     """
     if ask.negatives != "knowledge":
         return None, None
     fine = readings["fine"]
-    by_audio = negatives.knowledge_negatives(u, fine.text[fine.by_audio.rows], fine.by_audio.valid)
-    by_text = negatives.knowledge_negatives(v, fine.audio[fine.by_text.rows], fine.by_text.valid)
+    others = [found.valid & (fine.numbers[found.rows] != own[:, None]) for found in (fine.by_audio, fine.by_text)]
+    by_audio = negatives.knowledge_negatives(u, fine.text[fine.by_audio.rows], others[0])
+    by_text = negatives.knowledge_negatives(v, fine.audio[fine.by_text.rows], others[1])
     return gather(by_audio), gather(by_text)
 
 

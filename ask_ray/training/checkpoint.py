@@ -13,8 +13,8 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,9 @@ class CheckpointError(UserError, RuntimeError):
 class Place:
     """Where a run stands.
 
-    epoch, batch: whole epochs done, and steps done in the one begun; step: steps done in all; knowledge_version: in use,
-    0 for none; corpus: the prepared corpus; asked: step of the last refresh asked for, None before the first.
+    epoch, batch: whole epochs done, and steps done in the one begun; steps: of an epoch, by the number of workers; step: steps
+    done in all; knowledge_version: in use, 0 for none; corpus: the prepared corpus; asked: step of the last refresh asked for,
+    None before the first; start: the step where the run began, of a fork that of its first checkpoint; seconds: spent training.
     """
 
     epoch: int
@@ -55,7 +56,14 @@ class Place:
     knowledge_version: int
     corpus: str
     batch: int = 0
+    steps: int = 0
     asked: int | None = None
+    start: int = 0
+    seconds: float = 0.0
+
+    def among(self, steps: int) -> Place:
+        """The same share of an epoch that has so many steps."""
+        return replace(self, batch=self.batch * steps // (self.steps or steps), steps=steps)
 
 
 def save(
@@ -105,10 +113,12 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rank: int,
+    fork: bool = False,
 ) -> Place:
     """Put everything back as :func:`save` found it and return where the run stood. Tensors go where the model's are.
 
-    Random states are restored for the ranks that saved one; a rank that is new keeps the state it was seeded with.
+    Random states are restored for the ranks that saved one; a rank that is new keeps the state it was seeded with. A `fork`
+    takes up the optimizer's moments alone: its rates are of its own settings.
 
     Raises:
         CheckpointError: if files are missing or damaged.
@@ -121,8 +131,10 @@ def restore(
         for key, value in load_file(folder / "optimizer.safetensors").items():
             parameter, name = key.split(".", 1)
             held.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": held, "param_groups": state["groups"]})
-        scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+        groups = optimizer.state_dict()["param_groups"] if fork else state["groups"]
+        optimizer.load_state_dict({"state": held, "param_groups": groups})
+        if not fork:
+            scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
         states = load_file(folder / "random.safetensors")
         own = {name.split(".", 1)[1]: state for name, state in states.items() if name.startswith(f"rank{rank}.")}
         if own:
@@ -196,6 +208,17 @@ def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
     Raises:
         CheckpointError: if the run has none.
     """
+    filesystem, path = run.resolve()
+    with Checkpoint(f"{path}/{newest_name(run, below)}", filesystem).as_directory() as folder:
+        yield Path(folder)
+
+
+def newest_name(run: Folder, below: float = math.inf) -> str:
+    """The name of the folder of that checkpoint, in the run's.
+
+    Raises:
+        CheckpointError: if the run has none.
+    """
     try:
         filesystem, path = run.resolve()
         kept = Result.from_path(path, filesystem).best_checkpoints or []
@@ -205,8 +228,7 @@ def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
     if not found:
         wanted = "yet; wait for its first epoch" if below == math.inf else f"of fewer than {below} epochs"
         raise CheckpointError(f"{run}: the run has no checkpoint {wanted}")
-    with found[-1].as_directory() as folder:
-        yield Path(folder)
+    return PurePosixPath(found[-1].path).name
 
 
 def uploading(run: Folder, tell: Tell) -> Callable[[Checkpoint, str], Checkpoint]:

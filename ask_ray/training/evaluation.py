@@ -183,10 +183,10 @@ def flat_figures(ways: dict[str, dict[str, float]]) -> dict[str, float]:
 def injected(encoded: EncodedSplit, knowledge: Knowledge, ask: AskSettings) -> EncodedSplit:
     """The split with knowledge mixed into every clip and every caption, as in training.
 
-    A clip has no caption of its own at query time and the reverse, so neighbours are weighed by their own modality alone. How
-    tokens meet stays as it is.
+    A clip has no caption of its own at query time and the reverse, so neighbours are weighed by their own modality alone. What
+    is asked about together is no batch: of `ask.exclude` batch, a query's own clip is left. How tokens meet stays as it is.
     """
-    alone = ask.model_copy(update={"reliability": "off"})
+    alone = ask.model_copy(update={"reliability": "off", "exclude": "none" if ask.exclude == "none" else "self"})
     owner = encoded.owner.cpu()
     numbers = torch.tensor([id_number(one) for one in encoded.ids], dtype=torch.int64)
     audio = [_inject(rows, ids, knowledge, alone)[0] for rows, ids in _chunked(encoded.audio, numbers)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.distributed.nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ask_ray.method.interaction import Tokens
@@ -60,6 +60,13 @@ def gather_objects(value: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, such as running statistics of normalisation."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def agree_on_least(value: int, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ask_ray.data.batches import pad, steps_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
+from ask_ray.knowledge.requests import AWAY
 from ask_ray.knowledge.sources import Extent, check_sources, entries_of, sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
@@ -36,6 +38,13 @@ START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 #: What a worker takes of `training.node_resource`: so little that it never bounds the workers of a node.
 MARK = 0.001
+
+
+#: What Ray says of a node where it ends processes.
+OUT_OF_MEMORY = "running low on memory"
+
+#: How long a run that is over waits for the removal of old versions.
+TIDYING_SECONDS = 30.0
 
 
 class TrainingFailed(UserError, RuntimeError):
@@ -202,6 +211,8 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
         ) from error
     finally:
         if refiner is not None:
+            with contextlib.suppress(*AWAY):
+                ray.get(refiner.tidied.remote(), timeout=TIDYING_SECONDS)
             ray.kill(refiner)
 
 
@@ -210,8 +221,14 @@ def _cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, failure = next(iter(failures.items()))
-        return f"training failed on rank {rank}: {str(failure).strip().splitlines()[-1]}"
-    return f"training failed: {str(error).strip().splitlines()[-1]}"
+        return f"training failed on rank {rank}: {_line(failure)}"
+    return f"training failed: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    """The line of an error that tells most: the last, but where Ray ended processes for want of memory the one that says so."""
+    lines = str(error).strip().splitlines()
+    return next((line.strip() for line in lines if OUT_OF_MEMORY in line), lines[-1])
 
 
 def final_facts(result: Result) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ask_ray.config import KnowledgeSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge.overlay import Overlay
-from ask_ray.knowledge.policy import Moment, policy_of
+from ask_ray.knowledge.policy import Clock, Moment, policy_of
 from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.knowledge.requests import Requests
 from ask_ray.knowledge.snapshot import SnapshotError
@@ -32,7 +32,8 @@ MEETING_SECONDS = 1.0
 
 
 class Upkeep:
-    """The knowledge base as one rank keeps it up. All ranks call every method at the same steps."""
+    """The knowledge base as one rank keeps it up. All ranks call its public methods at the same steps, but for
+    :meth:`refresh` without `wait`, which is rank 0's."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Upkeep:
         self._settings, self._replica, self._refiner, self._journal = settings, replica, refiner, journal
         self._gauges, self._adaptive = gauges, settings.refresh.policy == "adaptive"
         self._model, self._rank, self._device = model, rank, device
-        self._policy = policy_of(settings.refresh, steps_per_epoch)
+        self._policy, self._clock = policy_of(settings.refresh, steps_per_epoch), Clock()
         self._requests = Requests(refiner) if rank == 0 else None
         self._drift = Means()
         wanted = settings.corrections
@@ -71,11 +72,17 @@ class Upkeep:
 
     # --- the start and the end of a run ---
 
-    def begin(self, version: int, asked: int | None, step: int, memory: dict[str, Tensor]) -> None:
+    def begin(self, version: int, asked: int | None, clock: Clock, memory: dict[str, Tensor]) -> None:
         """Take up the version that a checkpoint names, 0 for none, as it was corrected; and make a damaged one anew.
 
         A refresh that was asked for and not in when the run broke off is forgotten: the policy then asks for it again.
+
+        Args:
+            asked: the step of the last refresh asked for.
+            clock: how steps are counted from here on.
+            memory: what :meth:`memory` told of.
         """
+        self._clock, step = clock, clock.step
         self._tell_refiner(version)
         whole = agree_on_least(int(self._opened(version)), self._device)
         if not whole:
@@ -95,7 +102,11 @@ class Upkeep:
 
     def _tell_refiner(self, version: int) -> None:
         if self._rank == 0:
-            ray.get(self._refiner.start_from.remote(version))
+            told = {"version": version, "rank": self._rank}
+            patiently(
+                lambda: ray.get(self._refiner.start_from.remote(version)),
+                lambda error: self._journal.tell("unreadable", **told, problem=str(error)),
+            )
         tell_all(None)  # no rank asks for later versions before the refiner has forgotten them
 
     def _opened(self, version: int) -> bool:
@@ -161,7 +172,8 @@ class Upkeep:
         drift = self._drift.take().get("rdm")
         unseen = self._requests.version is not None and not self._replica.seen(self._requests.version)
         busy = self._requests.busy or unseen
-        return self._policy.reason(Moment(step, epoch_starts, self.asked, self.version > 0, busy, drift))
+        now, asked = self._clock.at(step), None if self.asked is None else self._clock.at(self.asked)
+        return self._policy.reason(Moment(now, epoch_starts, asked, self.version > 0, busy, drift))
 
     # --- refreshing and swapping ---
 
@@ -206,8 +218,9 @@ class Upkeep:
         if self._corrections is not None:
             self._corrections.begin(step)
         now = time.perf_counter()
-        took = now - self._asked_at.get(known.encoder_step, now)
-        self._last_swap = {"swap_ms": 1000 * (now - started), "refresh_seconds": took}
+        self._last_swap = {"swap_ms": 1000 * (now - started)}
+        if (asked := self._asked_at.get(known.encoder_step)) is not None:  # by this rank, since it started
+            self._last_swap["refresh_seconds"] = now - asked
         lag = step - known.encoder_step
         self._journal.tell("swapped", rank=self._rank, version=version, step=step, lag_steps=lag, **self._last_swap)
         if self._rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.knowledge.encoding import EncodingPlan, encode_rows, probe_units
+from ask_ray.knowledge.policy import Clock
 from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.knowledge.sources import sources_of
 from ask_ray.method.drift import rdm
@@ -30,7 +32,7 @@ from ask_ray.models.weights import not_finite
 from ask_ray.storage import Folder, Tell, masked, patiently
 from ask_ray.training import checkpoint, evaluation
 from ask_ray.training.checkpoint import Place
-from ask_ray.training.gather import gather_objects, world_size
+from ask_ray.training.gather import gather_objects, share_buffers, tell_all, world_size
 from ask_ray.training.gauges import Gauges
 from ask_ray.training.means import Means
 from ask_ray.training.pins import Pins
@@ -98,6 +100,7 @@ class Worker:
         self.gauges = Gauges(plan.run)
         self.pins = Pins(plan.folder, plan.refiner, plan.journal, training.keep_checkpoints) if plan.refiner is not None else None
         self.place = Place(0, 0, 0, plan.corpus)
+        self.spent, self.began = 0.0, time.time()
         self.upkeep = self._upkeep()
 
     def _opened(self) -> Corpus:
@@ -131,24 +134,27 @@ class Worker:
     def run(self) -> dict[str, Any]:
         """All epochs, then the final refresh and evaluation."""
         self._resume()
-        started, first = time.time(), self.place.step
+        self.began = time.time()
         while self.place.epoch < self.settings.training.epochs:
             self._epoch(self.place.epoch)
-        seconds = time.time() - started
+        seconds = self._seconds()
         if self.upkeep is not None:
             self.upkeep.finish(self.place.step)
         final = self._evaluate("test", with_injection=True)
-        done = self.place.step - first
         return {
             **final,
             "steps": self.place.step,
             "epochs": self.place.epoch,
             "knowledge_version": self.upkeep.version if self.upkeep is not None else 0,
             "training_seconds": seconds,
-            "steps_per_second": done / seconds if done else 0.0,
+            "steps_per_second": (self.place.step - self.place.start) / seconds,
             "world_size": world_size(),
             "device": str(self.device),
         }
+
+    def _seconds(self) -> float:
+        """Spent training so far, by this worker and by those before it."""
+        return self.spent + time.time() - self.began
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, with the knowledge base that it names; begin from that of the
@@ -160,16 +166,20 @@ class Worker:
             with checkpoint.fetched(self.plan.folder / name, self._away("not fetched")) as path:
                 memory = self._restore(path)
         elif fork is not None:
-            with checkpoint.newest(Folder.at(fork), self.settings.training.epochs) as path:
-                memory = {name: value for name, value in self._restore(path).items() if name.startswith(QUEUE)}
+            name = self._to_fork(Folder.at(fork))
+            with checkpoint.fetched(Folder.at(fork) / name, self._away("not fetched")) as path:
+                memory = {name: value for name, value in self._restore(path, fork=True).items() if name.startswith(QUEUE)}
             forked = self.place.knowledge_version > 0
-            self._move(knowledge_version=0, asked=None)
-        # Another number of workers has other epochs, and the corpus may have moved.
-        self._move(batch=min(self.place.batch, self.steps), corpus=self.plan.corpus)
-        self.stepper.stand_at(self.place.epoch * self.steps + self.place.batch)
+            self._move(knowledge_version=0, asked=None, start=self.place.step, seconds=0.0)
+        pace = self.steps / (self.place.steps or self.steps)
+        self.place = replace(self.place.among(self.steps), corpus=self.plan.corpus)  # which may have moved
+        self.spent = self.place.seconds
+        position = self.place.epoch * self.steps + self.place.batch
+        self.stepper.stand_at(position)
         self.stepper.remember(part_of(memory, QUEUE))
         if self.upkeep is not None:
-            self.upkeep.begin(self.place.knowledge_version, self.place.asked, self.place.step, memory)
+            clock = Clock(self.place.step, position, pace)
+            self.upkeep.begin(self.place.knowledge_version, self.place.asked, clock, memory)
             if forked:
                 self.upkeep.refresh(self.place.step, f"begun from {masked(str(fork))}", wait=True)
         if self.rank == 0:
@@ -181,9 +191,14 @@ class Worker:
                 world_size=world_size(),
             )
 
-    def _restore(self, folder: Path) -> dict[str, Tensor]:
+    def _to_fork(self, run: Folder) -> str:
+        """The checkpoint of the run to fork, the same on every rank: that run may be saving another at this moment."""
+        name: str = tell_all(checkpoint.newest_name(run, self.settings.training.epochs) if self.rank == 0 else None)
+        return name
+
+    def _restore(self, folder: Path, fork: bool = False) -> dict[str, Tensor]:
         """Take up a checkpoint; returns its memory."""
-        self.place = checkpoint.restore(folder, self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank)
+        self.place = checkpoint.restore(folder, self.model, self.stepper.optimizer, self.stepper.scheduler, self.rank, fork)
         return checkpoint.memory(folder)
 
     def _away(self, kind: str) -> Tell:
@@ -201,6 +216,7 @@ class Worker:
             self._step(batch.to(self.device))
             self._heed_preemption()
         self._move(epoch=epoch + 1, batch=0)
+        share_buffers(self.model)  # each rank's last step moved its own running statistics
         self._report((self.steps - first) / (time.time() - started))
 
     def _move(self, **to: Any) -> None:
@@ -219,7 +235,8 @@ class Worker:
         if self.upkeep is not None:
             self.upkeep.after_step(taken, self.place.step)
         if self.rank == 0 and (self.place.step - 1) % STEPS_TOLD == 0:
-            seen = {name: float(taken.figures[name]) for name in ("loss", "rdm_audio", "rdm_text") if name in taken.figures}
+            read = {name: float(taken.figures[name]) for name in ("loss", "rdm_audio", "rdm_text") if name in taken.figures}
+            seen = {name: value for name, value in read.items() if math.isfinite(value)}  # JSON has no NaN
             version = known.version if known is not None else 0
             self.plan.journal.tell("step", step=self.place.step - 1, version=version, **seen)
 
@@ -231,7 +248,8 @@ class Worker:
         notice = ray.train.get_preemption_info()
         if notice is not None:
             self.warned = True
-            self._save({"step": self.place.step, "preempted": 1}, due=True, upload="sync")  # the node may soon be gone
+            stands = {"epoch": self.place.epoch, "step": self.place.step, "preempted": 1}
+            self._save(stands, due=True, upload="sync")  # the node may soon be gone
             if self.rank == 0:
                 self.plan.journal.tell("preempted", step=self.place.step, deadline_ms=notice.deadline_ms)
 
@@ -268,6 +286,7 @@ class Worker:
         """
         if name := not_finite(self.model.state_dict()):
             raise TrainingDiverged.at(self.place.step, f"the weight {name}")
+        self._move(seconds=self._seconds())
         if self.upkeep is not None:
             self._move(knowledge_version=self.upkeep.version, asked=self.upkeep.asked)
         states = gather_objects(checkpoint.random_state())

@@ -249,7 +249,13 @@ def _tuner(plan: TrialPlan, checked: Checked, journal: Journal) -> tune.Tuner:
     filesystem, path = checked.folder.resolve()
     epochs = search.longest(plan.settings, checked.space)
     if _begun(checked.folder / TUNE):
-        return tune.Tuner.restore(f"{path}/{TUNE}", trainable, resume_unfinished=True, storage_filesystem=filesystem)
+        return tune.Tuner.restore(
+            f"{path}/{TUNE}",
+            trainable,
+            resume_unfinished=True,
+            resume_errored=True,  # what made a trial fail may have been the machine
+            storage_filesystem=filesystem,
+        )
     return tune.Tuner(
         trainable,
         **search.config(plan.sweep, checked.space, checked.points, checked.at_once, epochs),

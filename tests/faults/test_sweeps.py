@@ -116,6 +116,9 @@ def test_a_trial_whose_worker_is_killed_fails_alone_and_says_why(tmp_path):
     assert len(ended(folder, "finished")) == 2
     assert "training failed" in failed[0]["reason"]
 
+    finish(start(file, "sweep"))
+    assert len(ended(folder, "finished")) == 3, "what failed is tried again when the sweep is continued"
+
 
 def test_a_population_takes_over_weights_and_finishes(tmp_path):
     population = {"algorithm": "pbt", "trials": 3, "perturb_epochs": 1}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ask_ray.config import RefreshSettings
-from ask_ray.knowledge.policy import Adaptive, Continuous, Fixed, Moment, Policy, Static, policy_of
+from ask_ray.knowledge.policy import Adaptive, Clock, Continuous, Fixed, Moment, Policy, Static, policy_of
 
 Drift = Callable[[int], float | None]
 
@@ -55,6 +55,23 @@ def asked(
 def test_the_plan_of_static_and_fixed_in_steps(policy, warmup, interval, expected):
     settings = RefreshSettings(policy=policy, warmup_epochs=warmup, interval=interval)
     assert asked(policy_of(settings, 10), 50) == expected
+
+
+@pytest.mark.parametrize("policy", [{"policy": "static", "warmup_epochs": 4}, {"warmup_epochs": 1, "interval": 2}], ids=str)
+@pytest.mark.parametrize(("before", "now"), [(10, 10), (10, 20), (20, 10), (9, 30)])
+def test_a_run_whose_epochs_have_another_number_of_steps_keeps_its_plan_in_epochs(policy, before, now):
+    """Three epochs of `before` steps, then, with other workers, five of `now`."""
+    settings = RefreshSettings(**policy)
+    plan = [epoch for epoch in range(8) if epoch * now in asked(policy_of(settings, now), 8 * now, now)]
+    old = asked(policy_of(settings, before), 3 * before, before)
+    clock, last = Clock(3 * before, 3 * now, now / before), old[-1] if old else None
+    epochs = [step // before for step in old]
+    for step in range(3 * before, 3 * before + 5 * now):
+        at, was = clock.at(step), None if last is None else clock.at(last)
+        if policy_of(settings, now).reason(Moment(at, at % now == 0, was, last is not None, False)):
+            epochs.append(at // now)
+            last = step
+    assert epochs == plan
 
 
 def test_an_interval_may_be_given_in_steps():

@@ -210,6 +210,17 @@ def test_a_refiner_that_restarts_while_storage_is_away_knows_its_line_when_it_is
     assert bench.settled(bench.request(6)) == (True, 2)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_version_that_is_gone_is_made_anew_under_a_later_number(bench, restarts):
+    """Its workers have seen the old number, and look for later ones."""
+    bench.call("start_from", 5)  # a checkpoint names it
+    bench.call("start_from", 0)  # it could not be opened
+    if restarts:
+        ray.kill(bench.refiner, no_restart=False)
+        wait_for(lambda: bench.next_after(0) is None)
+    assert bench.settled(bench.request(4)) == (True, 6)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"7", b"{}", b'{"from": 1, "after": null}'])
 def test_no_line_is_read_from_a_damaged_file(tmp_path, content):
     home = Folder.at(str(tmp_path))

@@ -1,5 +1,7 @@
 """One ASK step in one process: each part by its switch, and nothing left of them when all are off."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,21 @@ def test_negatives_raise_the_loss_and_by_as_much_as_their_rows_say():
     ]
     torch.testing.assert_close(made.loss, sum(expected) / 2)
     assert made.loss > ntxent(u, v)
+
+
+def test_a_pair_whose_own_clip_is_its_neighbour_has_it_for_no_negative():
+    u, v = pairs()
+    readings = nearest(u, v, coarse=False)
+    fine, settings = readings["fine"], OFF.model_copy(update={"negatives": "knowledge"})
+    own = fine.by_audio.rows[2, 0]  # of one pair's neighbours by its audio
+    numbers = fine.numbers.clone()
+    numbers[own] = 2  # is its own clip
+    others = [Neighbourhood(found.rows, found.valid.clone()) for found in (fine.by_audio, fine.by_text)]
+    for found in others:
+        found.valid[2] &= found.rows[2] != own
+    expected = step(u, v, {"fine": replace(fine, by_audio=others[0], by_text=others[1])}, settings)
+    torch.testing.assert_close(step(u, v, {"fine": replace(fine, numbers=numbers)}, settings).loss, expected.loss)
+    assert expected.loss < step(u, v, readings, settings).loss
 
 
 # --- reading ---

@@ -30,10 +30,10 @@ SETTINGS = load(
 )
 
 
-def fresh(seed: int) -> Stepper:
+def fresh(seed: int, settings: Settings = SETTINGS) -> Stepper:
     checkpoint.seed_everything(seed, 0)
-    model = registry.build(SETTINGS.model, RATE)
-    stepper = Stepper(model, model, SETTINGS, PER_EPOCH, torch.device("cpu"))
+    model = registry.build(settings.model, RATE)
+    stepper = Stepper(model, model, settings, PER_EPOCH, torch.device("cpu"))
     stepper.model = model
     return stepper
 
@@ -158,6 +158,26 @@ def test_the_schedule_can_be_set_to_any_step():
     set_there.stand_at(4)
     assert set_there.optimizer.param_groups[0]["lr"] == walked.optimizer.param_groups[0]["lr"]
     assert steps(set_there, 4, 1)[2] == steps(walked, 4, 1)[2]
+
+
+def test_a_fork_takes_up_moments_and_has_rates_of_its_own(trained):
+    own = with_values(SETTINGS, {"training.learning_rate": 0.002, "training.weight_decay": 0.5})
+    forked, never = fresh(99, own), fresh(99, own)
+    checkpoint.restore(trained[0], forked.model, forked.optimizer, forked.scheduler, 0, fork=True)
+    for stepper in (forked, never):
+        stepper.stand_at(4)
+        steps(stepper, 4, 2)
+    rates = [[(group["lr"], group["weight_decay"]) for group in stepper.optimizer.param_groups] for stepper in (forked, never)]
+    assert rates[0] == rates[1]
+    assert {int(state["step"]) for state in forked.optimizer.state.values()} == {6}, "its moments are of four steps more"
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "now", "expected"), [(60, 100, 50, 30), (40, 50, 100, 80), (7, 8, 8, 7), (0, 5, 9, 0), (99, 100, 3, 2)]
+)
+def test_another_number_of_workers_goes_on_at_the_same_share_of_the_epoch(batch, steps, now, expected):
+    place = Place(2, 200, 0, "corpus", batch=batch, steps=steps)
+    assert place.among(now) == Place(2, 200, 0, "corpus", batch=expected, steps=now)
 
 
 def test_a_checkpoint_before_the_first_step_can_be_restored(tmp_path, corpus):

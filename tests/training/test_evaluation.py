@@ -141,8 +141,10 @@ def test_injection_with_prototypes_is_finite_and_differs(encoded, known):
     assert all(np.isfinite(value) for way in evaluation.both_ways(both).values() for value in way.values())
 
 
-def test_injection_in_chunks_is_injection_at_once(encoded, known, monkeypatch):
-    ask = AskSettings(neighbours=3)
+@pytest.mark.parametrize("exclude", ["self", "batch", "none"])
+def test_injection_in_chunks_is_injection_at_once(encoded, known, monkeypatch, exclude):
+    """What is asked about together is no batch of training, whose clips would leave each other out."""
+    ask = AskSettings(neighbours=3, exclude=exclude)
     whole = evaluation.injected(encoded, known, ask)
     monkeypatch.setattr(evaluation._chunked, "__defaults__", (4,))
     chunked = evaluation.injected(encoded, known, ask)

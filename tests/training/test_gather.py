@@ -20,7 +20,7 @@ from ask_ray.knowledge.snapshot import Embeddings, Entries, open_snapshot, publi
 from ask_ray.method.interaction import Tokens, token_weights
 from ask_ray.storage import Folder
 from ask_ray.training import ask
-from ask_ray.training.gather import agree_on_least, gather, gather_objects, tell_all, world_size
+from ask_ray.training.gather import agree_on_least, gather, gather_objects, share_buffers, tell_all, world_size
 
 DIM, BATCH, RANKS, STEPS = 8, 32, 2, 2
 CPU = torch.device("cpu")
@@ -128,7 +128,16 @@ def exchange(rank: int) -> dict[str, Any]:
         "objects": gather_objects({"rank": rank}),
         "least": [agree_on_least(5 - rank, CPU), agree_on_least(rank, CPU)],
         "told": [tell_all(f"by {rank}"), tell_all(None if rank == 0 else rank)],
+        "running mean": shared_mean(rank),
     }
+
+
+def shared_mean(rank: int) -> Tensor:
+    """What a normalisation has for its running mean when each rank saw other numbers, and then rank 0's were shared."""
+    norm = nn.BatchNorm1d(2, momentum=None)
+    norm(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 100 * rank)
+    share_buffers(norm)
+    return norm.running_mean
 
 
 def child(rank: int, folder: Path) -> None:
@@ -209,6 +218,7 @@ def test_exchange_between_two_ranks(ranks):
         assert told["objects"] == [{"rank": 0}, {"rank": 1}]
         assert told["least"] == [4, 0]
         assert told["told"] == ["by 0", None]
+        assert told["running mean"].tolist() == [2, 3]
 
 
 def test_alone_everything_is_ones_own():

@@ -19,6 +19,7 @@ from ask_ray.config import KnowledgeSettings, ModelSettings, PoolSettings, Refre
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index
 from ask_ray.knowledge.encoding import EncodingPlan
+from ask_ray.knowledge.policy import Clock
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.replica import Replica
 from ask_ray.knowledge.requests import RefinerDied
@@ -95,7 +96,7 @@ def test_drift_that_was_read_before_a_checkpoint_counts_after_it(start):
     memory: dict[str, torch.Tensor] = {}
     for readings in (0.2, 0.6), (0.7,), ():  # the last life reads none before its decision
         upkeep = bench.upkeep()
-        upkeep.begin(1, 0, 8, memory)
+        upkeep.begin(1, 0, Clock(8, 8), memory)
         for reading in readings:
             upkeep.after_step(Taken({"rdm_audio": torch.tensor(reading), "rdm_text": torch.tensor(reading)}, pairs), 8)
         memory = {name: value.clone() for name, value in upkeep.memory().items()}
@@ -109,7 +110,7 @@ def test_a_swap_is_seen_at_the_metrics_endpoint_at_once(start, scraped):
     bench = start(policy="static", warmup_epochs=1000)
     put(bench.home, 5)
     upkeep = bench.upkeep()
-    upkeep.begin(0, None, 0, {})
+    upkeep.begin(0, None, Clock(), {})
     ray.get(bench.refiner.start_from.remote(5))
 
     def swapped() -> bool:
@@ -126,7 +127,7 @@ def test_a_swap_is_seen_at_the_metrics_endpoint_at_once(start, scraped):
 def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
     bench = start(mode="sync")
     upkeep = bench.upkeep()
-    upkeep.begin(0, None, 0, {})
+    upkeep.begin(0, None, Clock(), {})
     ray.kill(bench.refiner)
     with pytest.raises(RefinerDied, match="is not restarted"):
         upkeep.refresh(0, "a test", wait=True)
@@ -135,7 +136,7 @@ def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
 def test_training_does_not_go_on_without_noticing_that_the_refiner_is_dead_for_good(start):
     bench = start(mode="async")
     upkeep = bench.upkeep()
-    upkeep.begin(0, None, 0, {})
+    upkeep.begin(0, None, Clock(), {})
     ray.kill(bench.refiner)
     upkeep.refresh(0, "a test", wait=False)
 
@@ -169,7 +170,7 @@ def test_ranks_wait_longer_for_a_refresh_than_their_process_group_waits_for_a_ra
             )
             replica = Replica(refiner, home, RUN, DIM, CPU, journal, rank)
             upkeep = Upkeep(knowledge, replica, refiner, journal, Gauges(RUN), nn.Linear(2, 2), 8, rank, CPU)
-            upkeep.begin(0, None, 0, {})
+            upkeep.begin(0, None, Clock(), {})
             started = time.monotonic()
             upkeep.refresh(0, "a test", wait=True)
             assert upkeep.version == 0
