@@ -15,6 +15,9 @@ from ask_ray.storage import Folder, masked
 #: MLflow takes at most 100 parameters in a call.
 PARAMS_AT_ONCE = 100
 
+#: Tag of a run that was begun anew because the store in use lacks the one before: which that was, and where.
+EARLIER_TAG = "earlier_run"
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -25,7 +28,8 @@ class Recorder:
 
     Args:
         settings: of the run; with `tracking.enabled` false nothing is recorded.
-        folder: of the run; its `mlflow.json` names the MLflow run, which is continued if it is there.
+        folder: of the run; its `mlflow.json` names the MLflow run, which is continued if the store in use has it. Where another
+            store has it, or it was deleted, a new one is begun: a record that is gone refuses no training.
         tags: of the MLflow run.
     """
 
@@ -41,9 +45,9 @@ class Recorder:
             try:
                 self._start()
             except Exception as error:
+                cause = masked(f"{uri_of(self._settings)} ({error})")
                 raise SettingsError(
-                    f"tracking.uri: MLflow cannot record at {uri_of(self._settings)} ({error}); give another tracking.uri or set "
-                    "tracking.enabled to false"
+                    f"tracking.uri: MLflow cannot record at {cause}; give another tracking.uri or set tracking.enabled to false"
                 ) from error
         return self
 
@@ -91,14 +95,40 @@ class Recorder:
         found = self._client.get_experiment_by_name(name)
         artifacts = None if self._settings.tracking.uri else (_home(self._settings) / "mlflow-artifacts").as_uri()
         experiment = found.experiment_id if found else self._client.create_experiment(name, artifact_location=artifacts)
-        if self._folder.exists("mlflow.json"):
-            self.run_id = self._folder.read_json("mlflow.json")["run_id"]
-            self._client.update_run(self.run_id, status="RUNNING")
-        else:
-            self.run_id = self._client.create_run(experiment, tags=dict(self._tags), run_name=self._folder.name).info.run_id
-            self._folder.write_json("mlflow.json", {"run_id": self.run_id, "uri": uri})
+        told = self._folder.read_json("mlflow.json") if self._folder.exists("mlflow.json") else None
+        there = told["run_id"] if told is not None and self._has(told["run_id"]) else None
+        self.run_id = self._begun(experiment, told) if there is None else self._continued(there)
+        self._folder.write_json("mlflow.json", {"run_id": self.run_id, "uri": masked(uri)})
+        if there is None:
             self._log_settings()
-        self.where = f"{uri}  experiment {name}, run {self.run_id}"
+        self.where = f"{masked(uri)}  experiment {name}, run {self.run_id}"
+
+    def _has(self, run_id: str) -> bool:
+        """Whether the store in use has a run that is not deleted.
+
+        It alone is asked, not the URI that the run was recorded at: a store may have moved, or have got another password.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+    def _continued(self, run_id: str) -> str:
+        """Go on with a run. Its tags are set again: the parent that they name may have been begun anew."""
+        self._client.update_run(run_id, status="RUNNING")
+        for key, value in self._tags.items():
+            self._client.set_tag(run_id, key, value)
+        return run_id
+
+    def _begun(self, experiment: str, earlier: dict[str, str] | None) -> str:
+        """A new run, which names the earlier one that the store lacks, if there was one."""
+        tag = {} if earlier is None else {EARLIER_TAG: masked(f"{earlier['run_id']} at {earlier['uri']}")}
+        made = self._client.create_run(experiment, tags={**self._tags, **tag}, run_name=self._folder.name)
+        return str(made.info.run_id)
 
     def _log_settings(self) -> None:
         from mlflow.entities import Param
@@ -138,6 +168,8 @@ class Recorder:
             self._client.log_artifact(self.run_id, str(Path(temporary) / name), under)
 
     def _end_other(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+        if not self._has(run_id):  # its record is in another store, or was deleted: there is nothing to end
+            return
         for key, value in tags.items():
             self._client.set_tag(run_id, key, value)
         self._client.set_terminated(run_id, status)

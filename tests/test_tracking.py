@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ask_ray.config import Settings, SettingsError, flat, load
-from ask_ray.storage import Folder
-from ask_ray.tracking import Recorder
+from ask_ray.storage import Folder, masked
+from ask_ray.tracking import EARLIER_TAG, Recorder
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -98,6 +98,110 @@ def test_a_run_that_fails_is_marked_and_continues_in_the_same_record(storage):
     assert history(storage, again, "loss") == [(20, 2.5), (40, 1.5)]
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of a store that no run was recorded at yet."""
+    return f"sqlite:///{tmp_path_factory.mktemp('other')}/mlflow.db"
+
+
+def test_a_run_that_another_store_recorded_goes_on_in_a_record_of_its_own(storage, other):
+    folder = folder_of(storage, "moving")
+    with pytest.raises(KeyError), Recorder(settings_of(storage), folder) as recorder:
+        record_then_fail(recorder)
+    first = run_of(storage, folder)
+    settings = settings_of(storage, uri=other)
+    with Recorder(settings, folder, {"sweep": "a"}) as recorder:
+        recorder.record(EVENTS[2])
+        recorder.finish(RESULT, [])
+    told, client = folder.read_json("mlflow.json"), mlflow.MlflowClient(other)
+    assert told == {"run_id": recorder.run_id, "uri": other}
+    run = client.get_run(recorder.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "moving")
+    assert run.data.params["tracking.uri"] == other
+    assert run.data.tags["sweep"] == "a"
+    assert run.data.tags[EARLIER_TAG] == f"{first.info.run_id} at sqlite:///{storage}/mlflow.db"
+    assert [(one.step, one.value) for one in client.get_metric_history(recorder.run_id, "loss")] == [(40, 1.5)]
+    assert client_of(storage).get_run(first.info.run_id).info.status == "FAILED"
+    with Recorder(settings, folder) as again:
+        assert again.run_id == recorder.run_id
+
+
+def test_a_run_that_was_deleted_from_the_store_goes_on_in_a_new_record(storage):
+    folder = folder_of(storage, "deleted")
+    with Recorder(settings_of(storage), folder) as recorder:
+        recorder.finish(RESULT, [])
+    client_of(storage).delete_run(recorder.run_id)
+    with Recorder(settings_of(storage), folder) as again:
+        assert run_of(storage, folder).info.status == "RUNNING"
+    assert again.run_id != recorder.run_id
+    assert run_of(storage, folder).data.tags[EARLIER_TAG].startswith(recorder.run_id)
+
+
+def test_a_store_that_moved_with_its_runs_has_them_still(storage, tmp_path):
+    folder = folder_of(storage, "carried")
+    with Recorder(settings_of(storage), folder) as recorder:
+        recorder.finish(RESULT, [])
+    shutil.copy(storage / "mlflow.db", tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with Recorder(settings_of(storage, uri=uri), folder) as again:
+        assert again.run_id == recorder.run_id
+    assert folder.read_json("mlflow.json") == {"run_id": recorder.run_id, "uri": uri}
+
+
+def test_a_continued_run_names_the_parent_that_its_sweep_has_now(storage):
+    folder = folder_of(storage, "child")
+    for parent in ("the first", "the one begun anew"):
+        with Recorder(settings_of(storage), folder, {"mlflow.parentRunId": parent}) as recorder:
+            recorder.finish(RESULT, [])
+    assert run_of(storage, folder).data.tags["mlflow.parentRunId"] == "the one begun anew"
+
+
+def test_the_record_of_another_run_is_ended_where_the_store_has_it_and_else_left(storage, other, caplog):
+    folder = folder_of(storage, "killed trial")
+    with Recorder(settings_of(storage), folder) as trial:
+        pass
+    tags = {"sweep.status": "failed"}
+    with Recorder(settings_of(storage, uri=other), folder_of(storage, "sweep elsewhere")) as sweep:
+        sweep.end_other(folder, "FAILED", tags)
+    assert not [record for record in caplog.records if record.name == "ask_ray.tracking"]
+    assert run_of(storage, folder).info.status == "RUNNING"
+    with Recorder(settings_of(storage), folder_of(storage, "sweep")) as sweep:
+        sweep.end_other(folder, "FAILED", tags)
+    ended = client_of(storage).get_run(trial.run_id)
+    assert (ended.info.status, ended.data.tags["sweep.status"]) == ("FAILED", "failed")
+
+
+def test_a_store_that_fails_to_answer_is_not_taken_for_one_without_the_run(storage, monkeypatch):
+    folder = folder_of(storage, "unanswered")
+    with Recorder(settings_of(storage), folder):
+        pass
+    told = folder.read_json("mlflow.json")
+    monkeypatch.setattr(mlflow.MlflowClient, "get_run", unavailable)
+    with pytest.raises(SettingsError, match=r"tracking\.uri.*try later"), Recorder(settings_of(storage), folder):
+        pytest.fail("entered")
+    assert folder.read_json("mlflow.json") == told
+
+
+def unavailable(*_: Any) -> None:
+    raise mlflow.MlflowException("try later")
+
+
+def test_credentials_of_a_store_are_told_nowhere(storage, other, monkeypatch):
+    """Neither those in use nor those of the store before."""
+    real, asked = mlflow.MlflowClient, []
+    monkeypatch.setattr(mlflow, "MlflowClient", lambda uri: asked.append(uri) or real(other))
+    folder = folder_of(storage, "secret")
+    folder.write_json("mlflow.json", {"run_id": "0" * 32, "uri": "http://me:old-s3cr3t@host"})
+    with Recorder(settings_of(storage, uri="http://me:s3cr3t@host"), folder) as recorder:
+        pass
+    assert asked == ["http://me:s3cr3t@host"]
+    tags = real(other).get_run(recorder.run_id).data.tags
+    assert tags[EARLIER_TAG] == f"{'0' * 32} at http://***@host"
+    for text in (recorder.where, folder.read("mlflow.json").decode()):
+        assert "***@host" in text
+        assert "s3cr3t" not in text
+
+
 def record_then_fail(recorder: Recorder, gone: Path | None = None) -> None:
     if gone is not None:
         shutil.rmtree(gone)
@@ -112,7 +216,8 @@ def test_a_place_that_cannot_be_recorded_at_is_an_error_before_training(storage,
         Recorder(settings_of(storage, uri=uri), folder_of(storage, "nowhere")),
     ):
         pytest.fail("entered")
-    assert uri in str(caught.value)
+    assert masked(uri) in str(caught.value)
+    assert "x:y@" not in str(caught.value)
 
 
 def test_a_store_of_ones_own_is_used(storage):
