@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import matplotlib
@@ -27,15 +28,14 @@ def refreshes(events: Events) -> list[dict[str, Any]]:
     """One row for each version that training swapped in, in the order of the swaps.
 
     `swap_step` and `lag_steps` are in training steps, `swap_ms` is the slowest rank's; `ranks` counts the workers that
-    swapped. A version that a restart made training swap in again has its last swap.
+    swapped. A version that a restart made training swap in again has its last swap, by the workers that were left.
     """
     published = {event["version"]: event for event in events if event["kind"] == "published"}
     rows = []
     for version in sorted(published):
-        swaps = [event for event in events if event["kind"] == "swapped" and event["version"] == version]
-        if not swaps:
+        last = _last_swaps(events, version)
+        if not last:
             continue
-        last = {event["rank"]: event for event in swaps}.values()
         made = published[version]
         rows.append(
             {
@@ -52,6 +52,20 @@ def refreshes(events: Events) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _last_swaps(events: Events, version: int) -> Events:
+    """Each rank's swap to a version where training swapped it in last; none if it never did.
+
+    All ranks swap at one step. An earlier attempt may have swapped at that step too, with ranks that the last did not have.
+    """
+    swaps = [event for event in events if event["kind"] == "swapped" and event["version"] == version]
+    if not swaps:
+        return []
+    last = next((event for event in reversed(swaps) if event["rank"] == 0), swaps[-1])  # a journal that died has lost some
+    workers = [event["world_size"] for event in events[: events.index(last)] if event["kind"] == "began"]
+    ranks = workers[-1] if workers else math.inf
+    return [*{event["rank"]: event for event in swaps if event["step"] == last["step"] and event["rank"] < ranks}.values()]
 
 
 def validations(events: Events) -> Events:

@@ -68,6 +68,29 @@ def test_a_version_that_a_restart_swapped_in_again_counts_once_with_its_last_swa
     assert (rows[1]["swap_step"], rows[1]["lag_steps"], rows[1]["swap_ms"], rows[1]["ranks"]) == (52, 12, 1.0, 2)
 
 
+def test_a_version_that_fewer_workers_swapped_in_again_has_what_these_did():
+    before = [swapped(3, rank, 100, 40, 190.0, ms=50.0) for rank in range(4)]
+    after = [swapped(3, rank, 84, 24, 230.0, ms=1.0) for rank in (1, 0)]
+    (row,) = (row for row in report.refreshes([*journal(), *before, *after]) if row["version"] == 3)
+    assert (row["swap_step"], row["lag_steps"], row["swap_ms"], row["ranks"]) == (84, 24, 1.0, 2)
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 2), (2, 4), (3, 3)])
+def test_only_the_workers_of_the_last_attempt_count_though_both_swapped_at_the_same_step(first, then):
+    events = journal()
+    for attempt, workers in enumerate((first, then)):
+        at = 200.0 + 40 * attempt
+        events.append({"kind": "began", "time": at, "step": 80, "epoch": 4, "world_size": workers})
+        events += [swapped(3, rank, 84, 24, at + 5, ms=50.0 - 40 * attempt + rank) for rank in range(workers)]
+    (row,) = (row for row in report.refreshes(events) if row["version"] == 3)
+    assert (row["swap_step"], row["ranks"], row["swap_ms"]) == (84, then, 10.0 + then - 1)
+
+
+def test_a_version_whose_first_worker_s_swap_was_lost_still_has_a_row():
+    (row,) = (row for row in report.refreshes([*journal(), swapped(3, 1, 64, 4, 190.0)]) if row["version"] == 3)
+    assert (row["swap_step"], row["ranks"]) == (64, 1)
+
+
 def test_validation_points_come_from_epochs_and_from_evaluations_beside_training_and_the_last_of_a_step_counts():
     later = {"kind": "validated", "time": 300.0, "epoch": 3, "step": 60, "t2a_r1": 0.5, "a2t_r1": 0.6}
     without = [event for event in journal() if event["kind"] != "epoch" or event["epoch"] != 3]
