@@ -20,6 +20,7 @@ from ask_ray.config import Settings, SettingsError
 from ask_ray.data import audio, esc50, pictures
 from ask_ray.data.batches import crop, longest, pad
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.folders import PICTURES, RECORDINGS
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import Rejection, usable_pixels, usable_waveform
@@ -41,7 +42,7 @@ from ask_ray.training.trainer import RunPlace
 SHORTLIST = 100
 
 #: A query that ends like this is meant as a file.
-FILE_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILE_ENDINGS = (*RECORDINGS.endings, *PICTURES.endings)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class OpenedRun:
         """
         versions = snapshot.versions(self.place.knowledge)
         if not versions:
-            raise SettingsError(f"{self.place.folder}: the run keeps no knowledge base to search (ask.enabled was false)")
+            raise SettingsError(
+                f"{self.place.folder}: the run keeps no knowledge base to search (ask.enabled was false); name another with --run"
+            )
         return snapshot.open_snapshot(self.place.knowledge, versions[-1], self.place.name, self.settings.model.dim)
 
 
@@ -96,7 +99,8 @@ def evaluate(
     Returns:
         what a JSON file holds: `run`, `corpus`, `split`, `interaction`, `bootstrap`; `final`: `t2a` and `a2t` as
         :func:`ask_ray.training.evaluation.told` gives them; the same as `transductive`, and `rare`, if asked for; on another
-        corpus than the run's own `seen`, the ids of its clips that the run trained on or kept in its knowledge base.
+        corpus than the run's own `seen`, the ids of its clips that the run trained on or kept in its knowledge base, and
+        `cut_otherwise`, the corpora of these that hold recordings which could not be compared by their samples.
     """
     console = console or Console()
     files = tables.places(write)
@@ -121,10 +125,16 @@ def evaluate(
         trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train"))
         found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
     title = f"{opened.place.name} on {split} of {on.folder.name}"
+    otherwise: list[Corpus] = []
     if on.folder != Folder.at(opened.stood.corpus):
-        found["seen"] = _seen(opened, on, split)
+        known = _known(opened)
+        found["seen"] = _seen(known, on, split)
+        otherwise = _cut_otherwise(known, on, split)
+        found["cut_otherwise"] = [str(corpus.folder) for corpus in otherwise]
         if found["seen"]:
             title += f", of which it has SEEN {len(found['seen'])} {THINGS[opened.modality]}"
+        if otherwise:
+            title += " and MAY HAVE SEEN more" if found["seen"] else f", of which it MAY HAVE SEEN {THINGS[opened.modality]}"
     _give(_retrieval_report(found, title, opened.modality), files, console)
     if found.get("seen"):
         such, where = escape(repr(found["seen"][0])), escape(f"'[{on.folder}]'")
@@ -134,19 +144,47 @@ def evaluate(
             f"with --data.held_out {where}",
             soft_wrap=True,
         )
+    if otherwise:
+        _tell_cut_otherwise(otherwise, on, console)
     return found
 
 
-def _seen(opened: OpenedRun, on: Corpus, split: str) -> list[str]:
-    """The ids of a split's clips that the run trained on or kept in its knowledge base, by id, source id or digest."""
+def _known(opened: OpenedRun) -> list[tuple[Corpus, str]]:
+    """What the run trained on or kept in its knowledge base: corpora, and which split of each."""
+    knowledge = opened.settings.knowledge.sources if opened.settings.ask.enabled else ()
+    sources = sources_of(list(dict.fromkeys([TRAIN, *knowledge])), opened.stood.corpus)
+    return [(Corpus.open(source.corpus), source.split) for source in sources]
+
+
+def _seen(known: Sequence[tuple[Corpus, str]], on: Corpus, split: str) -> list[str]:
+    """The ids of a split's clips that are known, by id, source id or digest."""
     of = on.identities(split)
     seen: set[str] = set()
-    knowledge = opened.settings.knowledge.sources if opened.settings.ask.enabled else ()
-    for source in sources_of(list(dict.fromkeys([TRAIN, *knowledge])), opened.stood.corpus):
-        known = Corpus.open(source.corpus).identities(source.split)
-        read = HeldOut(*(dict.fromkeys(filter(None, names), source.name) for names in known))
+    for corpus, its_split in known:
+        read = HeldOut(*(dict.fromkeys(filter(None, names), its_split) for names in corpus.identities(its_split)))
         seen |= {clip for clip, *more in zip(*of, strict=True) if read.find(clip, *more)}
     return sorted(seen)
+
+
+def _cut_otherwise(known: Sequence[tuple[Corpus, str]], on: Corpus, split: str) -> list[Corpus]:
+    """The known corpora that share no digest with a split though they may share a recording: both hold some that are cut at
+    another length here than there."""
+    return [
+        corpus
+        for corpus, its_split in known
+        if corpus.cut_otherwise([its_split], on.form) and on.cut_otherwise([split], corpus.form)
+    ]
+
+
+def _tell_cut_otherwise(otherwise: Sequence[Corpus], on: Corpus, console: Console) -> None:
+    told = " and ".join(f"{corpus.folder} {corpus.form.seconds:g} s" for corpus in otherwise)
+    console.print(
+        f"[red]The figures may be too high[/]: {escape(str(on.folder))} keeps {on.form.seconds:g} s of a recording and "
+        f"{escape(told)}, and all hold longer ones, which cannot be compared by their sound: that one was trained on or stands "
+        "in the knowledge base, only its id or source id tells. Prepare what is evaluated on with "
+        f"--data.keep_seconds {otherwise[0].form.seconds:g}",
+        soft_wrap=True,
+    )
 
 
 def _corpus_of(opened: OpenedRun, corpus: str | None, split: str) -> Corpus:
@@ -254,9 +292,11 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         (score, clip id, caption) by falling score: the cosine similarity, or :func:`ask_ray.models.dual_encoder.scores`.
 
     Raises:
-        SettingsError: if a file is not there, or a clip to be ranked is no longer in its corpus.
+        SettingsError: if no result is asked for, a file is not there, or a clip to be ranked is no longer in its corpus.
     """
     console = console or Console()
+    if top < 1:
+        raise SettingsError(f"--top: {top} results cannot be found; give 1 or more")
     path = Path(query).expanduser()
     by_file = path.is_file()
     if not by_file and path.suffix.lower() in FILE_ENDINGS:
@@ -361,7 +401,8 @@ def _perceived(path: Path, opened: OpenedRun) -> Encoding:
     """
     data = opened.settings.data
     if opened.modality == "audio":
-        signal = usable_waveform(audio.load(path, data.sample_rate).samples, data.sample_rate, data.min_seconds)
+        samples = audio.load(path, data.sample_rate, data.max_seconds).samples  # no more of it is heard
+        signal = usable_waveform(samples, data.sample_rate, data.min_seconds)
     else:
         signal = usable_pixels(pictures.load(path, data.image_size).pixels)
     return opened.model.audio_encoding(*_padded([signal], opened))
