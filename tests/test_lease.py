@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,8 @@ from ask_ray import lease
 from ask_ray.config import SettingsError
 from ask_ray.storage import Folder
 
-BEAT = 0.1
+#: Seconds between the beats of real processes: one that a busy machine gives no time for three of them is still alive.
+BEAT = 0.5
 
 DRIVER = f"""
 import sys, time
@@ -31,6 +34,45 @@ with lease.held(Folder.at(sys.argv[1]), "run.name"):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", BEAT)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for another driver's end."""
+
+    def sleep(seconds: float) -> None:
+        pytest.fail("it was waited for")
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+
+
+class Clock:
+    """The time of who waits for another driver's end: none passes but what is slept, and then `tick` is called."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 0.0, lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 100 * BEAT, "waited in vain"
+        self.tick()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(lease, "time", made)
+    return made
 
 
 @pytest.fixture
@@ -70,25 +112,24 @@ def test_a_second_driver_is_refused_while_the_first_lives(driver, tmp_path):
     assert json.loads((tmp_path / lease.FILE).read_text())["process"] == driver.pid
 
 
-def test_a_driver_that_was_killed_is_followed_at_once(driver, tmp_path):
+def test_a_driver_that_was_killed_is_followed_at_once(driver, tmp_path, at_once):
     driver.kill()  # not waited for: a process that nobody has asked for its end is dead all the same
-    while not lease.Driver(**json.loads((tmp_path / lease.FILE).read_text())).gone:
-        time.sleep(0.01)
-    started = time.monotonic()
+    wait_for(lambda: lease.Driver(**json.loads((tmp_path / lease.FILE).read_text())).gone)
     with lease.held(Folder.at(str(tmp_path)), "run.name"):
-        assert time.monotonic() - started < BEAT
+        assert json.loads((tmp_path / lease.FILE).read_text())["process"] == os.getpid()
 
 
 def test_one_that_ends_while_another_waits_makes_room(driver, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "ALIVE", 10**6)
     assert driver.stdin is not None
-    ended = threading.Timer(3 * BEAT, driver.stdin.close)
+    ended = threading.Timer(BEAT, driver.stdin.close)
     ended.start()
     with lease.held(Folder.at(str(tmp_path)), "run.name"):
+        assert driver.stdin.closed, "it was told to end before"
         assert driver.wait() == 0
 
 
-def test_a_number_that_another_process_bears_now_is_no_driver(tmp_path):
+def test_a_number_that_another_process_bears_now_is_no_driver(tmp_path, at_once):
     with lease.held(Folder.at(str(tmp_path)), "run.name"):
         own = json.loads((tmp_path / lease.FILE).read_text())
     left(tmp_path, host=own["host"], started=own["started"] - 3600)
@@ -96,39 +137,37 @@ def test_a_number_that_another_process_bears_now_is_no_driver(tmp_path):
         pass
 
 
-def test_a_driver_of_another_machine_is_dead_when_its_beats_stay_away(tmp_path):
+def test_a_driver_of_another_machine_is_dead_when_its_beats_stay_away(tmp_path, clock):
     left(tmp_path)
-    started = time.monotonic()
     with lease.held(Folder.at(str(tmp_path)), "run.name"):
-        assert time.monotonic() - started >= lease.MISSING * BEAT
+        assert lease.MISSING * BEAT <= clock.now < (lease.MISSING + 1) * BEAT
 
 
-def test_a_driver_of_another_machine_lives_while_it_beats(tmp_path):
+def test_a_driver_of_another_machine_that_beat_once_more_is_dead_too(tmp_path, clock):
     left(tmp_path)
-    over = threading.Event()
 
-    def beat() -> None:
-        count = 7
-        while not over.wait(BEAT):
-            count += 1
-            Folder.at(str(tmp_path)).write_json(lease.FILE, {**json.loads((tmp_path / lease.FILE).read_text()), "beat": count})
+    def beat_once() -> None:
+        if clock.now >= BEAT:
+            left(tmp_path, beat=8)
 
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(SettingsError, match=r"on elsewhere\.invalid"), lease.held(Folder.at(str(tmp_path)), "run.name"):
-            raise AssertionError("two drivers")
-    finally:
-        over.set()
-        beating.join()
+    clock.tick = beat_once
+    with lease.held(Folder.at(str(tmp_path)), "run.name"):
+        assert clock.now >= (1 + lease.MISSING) * BEAT
+
+
+@pytest.mark.parametrize("pause", [1, lease.MISSING - 0.5], ids=["on time", "late"])
+def test_a_driver_of_another_machine_lives_while_it_beats(tmp_path, clock, pause):
+    left(tmp_path)
+    clock.tick = lambda: left(tmp_path, beat=7 + int(clock.now / (pause * BEAT)))
+    with pytest.raises(SettingsError, match=r"on elsewhere\.invalid"), lease.held(Folder.at(str(tmp_path)), "run.name"):
+        raise AssertionError("two drivers")
 
 
 def test_a_driver_that_was_taken_for_dead_beats_no_more(tmp_path, caplog):
     with lease.held(Folder.at(str(tmp_path)), "run.name"):
         left(tmp_path)
-        time.sleep(3 * BEAT)
+        wait_for(lambda: "was taken up by another driver" in caplog.text)
         assert json.loads((tmp_path / lease.FILE).read_text())["beat"] == 7
-    assert "was taken up by another driver" in caplog.text
     assert (tmp_path / lease.FILE).exists(), "it is the other's"
 
 

@@ -220,12 +220,17 @@ def test_captions_tell_clips_apart():
     assert len({scene.captions[0] for scene in captions}) > 285
 
 
-def test_order_overlap_and_loudness_are_true_of_the_sound():
+@pytest.fixture(scope="module")
+def mixtures():
+    """Clips of tones, and where each of their tones is."""
     bank, settings = ToneBank(), SoundscapeSettings(noise_db=-80, zipf=0)
+    scenes = [compose(settings, bank, "train", index, RATE) for index in range(250)]
+    return [(scene, bank.found(scene, RATE)) for scene in scenes]
+
+
+def test_order_overlap_and_loudness_are_true_of_the_sound(mixtures):
     seen: Counter[object] = Counter()
-    for index in range(250):
-        scene = compose(settings, bank, "train", index, RATE)
-        spans = bank.found(scene, RATE)
+    for scene, spans in mixtures:
         onsets = [onset for onset, _, _ in spans]
         assert onsets == sorted(onsets)
         together = overlaps(spans)
@@ -245,12 +250,10 @@ def test_order_overlap_and_loudness_are_true_of_the_sound():
     assert {"alone", "0", "1", "000", "100", "001", "111"} <= set(seen)
 
 
-def test_captions_pair_the_events_that_overlap():
-    bank, settings = ToneBank(), SoundscapeSettings(noise_db=-80, zipf=0)
+def test_captions_pair_the_events_that_overlap(mixtures):
     checked = 0
-    for index in range(200):
-        scene = compose(settings, bank, "train", index, RATE)
-        together = overlaps(bank.found(scene, RATE))
+    for scene, spans in mixtures:
+        together = overlaps(spans)
         if len(together) < 3 or together[0] == together[2]:
             continue
         for caption in scene.captions:

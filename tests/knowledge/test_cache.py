@@ -95,12 +95,15 @@ def test_processes_and_threads_that_ask_at_once_share_one_fetch(tmp_path):
         end(*processes)
     assert (tmp_path / "fetched").read_text() == "x"
     fetched: list[int] = []
-    threads = [threading.Thread(target=hold, args=(cache_of(tmp_path), "two", MIB, fetched)) for _ in range(4)]
+    held: list[Copy] = []
+    threads = [threading.Thread(target=lambda: held.append(hold(cache_of(tmp_path), "two", MIB, fetched))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert fetched == [MIB]
+    assert len(held) == 4
+    assert all(copy.stands() and intact(copy.path) for copy in held)
 
 
 def test_the_least_recently_used_goes_first(tmp_path):
@@ -168,9 +171,14 @@ def test_a_fetch_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path):
 
 def test_a_process_that_died_while_fetching_is_in_nobody_s_way(tmp_path):
     process = other(tmp_path, "one", seconds=600)
-    while not (tmp_path / "fetched").exists():
-        time.sleep(0.01)
-    end(process)
+    deadline = time.monotonic() + 60
+    try:
+        while not (tmp_path / "fetched").exists():
+            assert process.poll() is None, "it died before it fetched"
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
+    finally:
+        end(process)
     hold(cache_of(tmp_path), "one")
     assert kept(cache_of(tmp_path)) == {"one"}
 

@@ -37,17 +37,17 @@ def check_against_brute_force(
     assert found.similarity.shape == found.entry.shape == (len(queries), k)
     assert found.similarity.dtype == np.float32
     assert found.entry.dtype == np.int64
-    for query, similarity, entry, barred in zip(queries, *found, excluded, strict=True):
-        allowed = [n for n in range(len(rows)) if numbers[n] not in set(barred.tolist())]
-        truth = sorted(((float(rows[n].astype(np.float64) @ query), n) for n in allowed), reverse=True)[:k]
+    scores = queries.astype(np.float64) @ rows.astype(np.float64).T
+    for score, similarity, entry, barred in zip(scores, *found, excluded, strict=True):
+        truth = np.sort(score[~np.isin(numbers, barred)])[::-1][:k]
         there = len(truth)
         assert len(set(entry[:there])) == there
         assert (entry[there:] == -1).all()
         assert (similarity[there:] == -np.inf).all()
         assert not set(numbers[entry[:there]].tolist()) & set(barred.tolist())
         assert (np.diff(similarity[:there]) <= 0).all()
-        np.testing.assert_allclose(similarity[:there], [score for score, _ in truth], atol=1e-6)
-        np.testing.assert_allclose(rows[entry[:there]].astype(np.float64) @ query, similarity[:there], atol=1e-6)
+        np.testing.assert_allclose(similarity[:there], truth, atol=1e-6)
+        np.testing.assert_allclose(score[entry[:there]], similarity[:there], atol=1e-6)
 
 
 @settings(max_examples=80, deadline=None)
