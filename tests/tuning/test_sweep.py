@@ -193,8 +193,10 @@ def test_twelve_trials_with_early_stopping_come_to_an_end(swept):
 def test_all_trials_read_one_prepared_corpus(swept):
     folder = swept[0]
     (corpus,) = (folder.parents[1] / "prepared").iterdir()
-    read = {json.loads(file.read_text())["place"]["corpus"] for file in folder.glob("trials/*/checkpoint_*/state.json")}
-    assert read == {str(corpus)}
+    read = [yaml.safe_load(file.read_text())["data"]["prepared"] for file in folder.glob("trials/*/settings.yaml")]
+    assert read == [str(corpus.parent)] * 12
+    kept = {json.loads(file.read_text())["place"]["corpus"] for file in folder.glob("trials/*/checkpoint_*/state.json")}
+    assert kept == {str(corpus)}
 
 
 def test_a_failed_trial_is_recorded_with_its_reason(swept):
