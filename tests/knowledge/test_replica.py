@@ -1,6 +1,7 @@
 """What a worker holds: reading a version, and loading the next ones in the background from a real refiner's line."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,9 @@ def actors(ray_session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     yield refiner, journal
     ray.kill(refiner)
     ray.kill(keeper)
+    for thread in threading.enumerate():
+        if thread.name == "knowledge-loader":
+            thread.join(10)  # none asks for the refiner after the session's end
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 import datetime
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,19 @@ class Bench:
     knowledge: KnowledgeSettings
     refiner: ActorHandle
     journal: Journal
+    upkeeps: list[Upkeep] = field(default_factory=list)
 
     def upkeep(self) -> Upkeep:
         replica = Replica(self.refiner, self.home, RUN, DIM, CPU, self.journal, 0)
-        return Upkeep(self.knowledge, replica, self.refiner, self.journal, Gauges(RUN), nn.Linear(2, 2), 8, 0, CPU)
+        made = Upkeep(self.knowledge, replica, self.refiner, self.journal, Gauges(RUN), nn.Linear(2, 2), 8, 0, CPU)
+        self.upkeeps.append(made)
+        return made
+
+    def stop(self) -> None:
+        for upkeep in self.upkeeps:
+            upkeep._replica.stop()
+            assert upkeep._requests is not None
+            upkeep._requests.stop()
 
     def events(self, kind: str) -> list[dict]:
         return [event for event in self.journal.events() if event["kind"] == kind]
@@ -73,7 +83,7 @@ class Bench:
 @pytest.fixture
 def start(ray_session: None, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     """A function that starts a bench with settings of refreshes."""
-    actors = []
+    actors, benches = [], []
 
     def made(**refresh: object) -> Bench:
         knowledge = KnowledgeSettings(refresh=RefreshSettings(**refresh))
@@ -82,11 +92,17 @@ def start(ray_session: None, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         journal, keeper = Journal.start()
         refiner = Refiner.remote(RefreshPlan(home, RUN, plan, knowledge, 0, 0), journal)
         actors.extend((refiner, keeper))
-        return Bench(home, knowledge, refiner, journal)
+        benches.append(Bench(home, knowledge, refiner, journal))
+        return benches[-1]
 
     yield made
+    for bench in benches:
+        bench.stop()
     for actor in actors:
         ray.kill(actor)
+    for thread in threading.enumerate():
+        if thread.name in ("knowledge-loader", "refresh-requests"):
+            thread.join(10)  # none asks for the refiner after the session's end
 
 
 def test_drift_that_was_read_before_a_checkpoint_counts_after_it(start):
