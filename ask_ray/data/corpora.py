@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SplitShares
@@ -22,6 +23,7 @@ from ask_ray.data.folders import Named
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rows import Listing, Row
 from ask_ray.data.schema import (
+    BY_DIGEST,
     NO_CAPTION,
     SPLITS,
     Clip,
@@ -34,6 +36,7 @@ from ask_ray.data.schema import (
 )
 from ask_ray.data.soundscapes import EventBank, RecordedBank, SynthesisedBank, compose
 from ask_ray.modality import Modality
+from ask_ray.storage import digest_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def source_of(data: DataSettings, held_out: HeldOut | None = None) -> Source:
         SettingsError: if a folder or list is missing or malformed; the message says what was looked for.
     """
     if data.corpus == "soundscapes":
-        return SoundscapeSource(data)
+        return SoundscapeSource(data) if data.soundscapes.bank is None else _bank_source(data, held_out or HeldOut())
     listing = _listing(data)
     planned = planning.plan(listing.rows, _shares(data), held_out or HeldOut())
     kind = RecordingSource if data.modality == "audio" else PictureSource
@@ -130,17 +133,22 @@ def _shards(split: str, first: int, count: int, size: int) -> list[Shard]:
 
 @dataclass(frozen=True)
 class SoundscapeSource:
-    """Procedural clips: nothing is read but, if the settings name one, a bank of recordings."""
+    """Procedural clips: nothing is read but, if the settings name one, a bank of recordings, each for clips of its split alone.
+
+    `rows`: the bank's usable ones; `aside`: what planning set aside of it; `held`: digests of what is evaluated on elsewhere.
+    """
 
     data: DataSettings
+    rows: tuple[Row, ...] = ()
+    aside: tuple[Rejection, ...] = ()
+    held: frozenset[str] = frozenset()
 
     @property
     def modality(self) -> Modality:
         return "audio"
 
     def key(self) -> str:
-        bank = self.data.soundscapes.bank
-        return "" if bank is None else "".join(row.key() for row in _bank_rows(bank))
+        return "".join(row.key() for row in self.rows)
 
     def shards(self) -> list[Shard]:
         counts = {split: getattr(self.data.soundscapes, split) for split in SPLITS}
@@ -149,14 +157,13 @@ class SoundscapeSource:
     def recordings(self) -> int:
         soundscapes = self.data.soundscapes
         every = sum(getattr(soundscapes, split) for split in SPLITS)
-        return every if soundscapes.bank is None else len(_bank_rows(soundscapes.bank))
+        return every if soundscapes.bank is None else len(self.rows) + len(self.aside)
 
     def early_rejections(self) -> list[Rejection]:
-        bank = self.data.soundscapes.bank
-        return [] if bank is None else list(_recorded_bank(bank, self.data.sample_rate, self.data.min_seconds)[1])
+        return [*self.aside, *self._recorded().rejected] if self.data.soundscapes.bank is not None else []
 
     def clips(self, shard: Shard) -> Iterator[Clip | Rejection]:
-        bank = self._bank()
+        bank = self._bank(shard.split)
         for index in range(shard.first, shard.last):
             scene = compose(self.data.soundscapes, bank, shard.split, index, self.data.sample_rate)
             rate = self.data.sample_rate
@@ -166,34 +173,69 @@ class SoundscapeSource:
         bank = self.data.soundscapes.bank
         return {"layout": "procedural soundscapes", "folder": bank and str(Path(bank).expanduser().resolve()), "lists": {}}
 
-    def _bank(self) -> EventBank:
-        if self.data.soundscapes.bank is None:
-            return SynthesisedBank()
-        return _recorded_bank(self.data.soundscapes.bank, self.data.sample_rate, self.data.min_seconds)[0]
+    def _bank(self, split: str) -> EventBank:
+        return SynthesisedBank() if self.data.soundscapes.bank is None else self._recorded().banks[split]
+
+    def _recorded(self) -> _Recorded:
+        data = self.data
+        found = _decoded(self.rows, data.sample_rate, data.min_seconds, data.keep_seconds, self.held)
+        wanted = [split for split in SPLITS if getattr(data.soundscapes, split) and split not in found.banks]
+        if not found.banks:
+            raise SettingsError(
+                f"data.soundscapes.bank: none of the {self.recordings()} recordings in {data.soundscapes.bank} can be used"
+            )
+        if wanted:
+            raise SettingsError(
+                f"data.soundscapes.bank: no usable recording in {data.soundscapes.bank} is for the split {wanted[0]}: tell each "
+                "one's `split` in the manifest, or give more recordings"
+            )
+        return found
+
+
+class _Recorded(NamedTuple):
+    """A bank of recordings: the events of each split that has any, and the recordings that could not be used."""
+
+    banks: dict[str, RecordedBank]
+    rejected: tuple[Rejection, ...]
 
 
 @lru_cache(maxsize=1)
-def _recorded_bank(folder: str, rate: int, min_seconds: float) -> tuple[RecordedBank, tuple[Rejection, ...]]:
-    """The recordings of a folder as events, decoded once per process, and those that could not be used."""
-    recordings, rejected = [], []
-    for row in _bank_rows(folder):
+def _decoded(rows: tuple[Row, ...], rate: int, min_seconds: float, keep_seconds: float, held: frozenset[str]) -> _Recorded:
+    """The bank of these rows, decoded once per process. Rows of evaluation splits come first: their digests are `held` too."""
+    takes: dict[str, list[tuple[np.ndarray, str]]] = {}
+    rejected, evaluated = [], set(held)
+    for row in sorted(rows, key=lambda row: row.split == "train"):
         try:
-            captions = usable_captions(row.captions)
-            if not captions[0].strip(" .!;,"):
-                raise UnusableClip("empty caption", "the first caption has no words")
-            samples = audio.load(row.path, rate).samples
-            usable_waveform(samples, rate, min_seconds)
-            recordings.append((samples, captions[0]))
+            waveform, caption = _take(row, rate, min_seconds, keep_seconds)
+            digest = digest_bytes(waveform.tobytes())
+            if row.split == "train" and digest in evaluated:
+                raise UnusableClip(BY_DIGEST, "a recording that is evaluated on has the same samples")
+            evaluated |= {digest} if row.split != "train" else set()
+            takes.setdefault(str(row.split), []).append((waveform.astype(np.float32) / 32767.0, caption))
         except UnusableClip as error:
-            rejected.append(Rejection(row.id, str(row.path), error.reason, error.detail))
-    if not recordings:
-        raise SettingsError(f"data.soundscapes.bank: none of the {len(rejected)} recordings in {folder} can be used")
-    return RecordedBank(recordings), tuple(rejected)
+            rejected.append(row.rejection(error.reason, error.detail))
+    return _Recorded({split: RecordedBank(of) for split, of in takes.items()}, tuple(rejected))
 
 
-@lru_cache(maxsize=1)
-def _bank_rows(folder: str) -> tuple[Row, ...]:
-    return tuple(folders.manifest_rows(FolderSettings(path=folder), Named("data.soundscapes.bank", "data.soundscapes.bank")))
+def _take(row: Row, rate: int, min_seconds: float, keep_seconds: float) -> tuple[np.ndarray, str]:
+    """A recording, (samples,) int16, and its first caption.
+
+    Raises:
+        UnusableClip: if it is none that an event could be made of.
+    """
+    captions = usable_captions(row.captions)
+    if not captions[0].strip(" .!;,"):
+        raise UnusableClip("empty caption", "the first caption has no words")
+    return usable_waveform(audio.load(row.path, rate, keep_seconds).samples, rate, min_seconds), captions[0]
+
+
+def _bank_source(data: DataSettings, held_out: HeldOut) -> SoundscapeSource:
+    """The source of scenes that are composed from a bank, whose recordings are dealt to splits as those of a folder are."""
+    settings = FolderSettings(path=data.soundscapes.bank)
+    rows = folders.manifest_rows(settings, Named("data.soundscapes.bank", "data.soundscapes.bank"))
+    planned = planning.plan(rows, settings, held_out)
+    aside = tuple(Rejection(**row) for row in planned.rejected.to_pylist())
+    return SoundscapeSource(data, tuple(planning.rows_of(planned.usable)), aside, frozenset(held_out.digests))
 
 
 # --- recordings and pictures -----------------------------------------------------------------------------------------

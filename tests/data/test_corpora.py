@@ -1,6 +1,6 @@
 """Sources: what cannot be used is set aside with a reason, shards hold every row once, a bank of recordings."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,9 @@ import pytest
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
 from ask_ray.data.corpora import RecordingSource, Shard, SoundscapeSource, source_of
+from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rows import rows_of
-from ask_ray.data.schema import Clip, Rejection
+from ask_ray.data.schema import BY_DIGEST, BY_SOURCE, Clip, Rejection
 
 HELD_OUT = {"validation": 0.0, "test": 0.0}
 
@@ -125,40 +126,85 @@ def test_a_shard_does_not_depend_on_the_size_of_shards():
     assert found[0] == found[1]
 
 
+HERTZ = (500, 2000, 4000, 3000, 1000)
+
+
 def banked(folder: Path) -> DataSettings:
-    return DataSettings(soundscapes=SoundscapeSettings(train=4, seconds=2.0, bank=str(folder), max_events=1))
+    return DataSettings(
+        soundscapes=SoundscapeSettings(train=8, validation=0, test=8, seconds=2.0, bank=str(folder), max_events=1)
+    )
+
+
+def tones(folder: Path, write_audio: Callable[..., Path], rows: str) -> SoundscapeSource:
+    """A bank of five tones, named after their numbers, with a manifest of id, split and source id."""
+    for n in range(5):
+        write_audio(folder / "audio" / f"{n}.flac", rate=44100, hz=HERTZ[n], channels=2)
+    (folder / "captions.csv").write_text(f"file_name,caption,split,source_id\n{rows}")
+    source = source_of(banked(folder), HeldOut(source_ids={"freesound:7": "test clip '7' of another corpus"}))
+    assert isinstance(source, SoundscapeSource)
+    return source
+
+
+def heard(source: SoundscapeSource, split: str) -> set[int]:
+    """The tones that a split's scenes are made of; each is where the caption says it."""
+    numbers = set()
+    for clip in source.clips(next(shard for shard in source.shards() if shard.split == split)):
+        assert isinstance(clip, Clip)
+        (number,) = {n for n in range(5) if all(f"a tone number {n} sounds" in text.lower() for text in clip.captions)}
+        power = np.abs(np.fft.rfft(clip.waveform.astype(float)))
+        assert np.argmax(power) / 2.0 == pytest.approx(HERTZ[number], abs=5)
+        numbers.add(number)
+    return numbers
 
 
 def test_soundscapes_may_be_composed_from_a_bank_of_recordings(tmp_path, write_audio):
-    for n, hz in enumerate((500, 2000, 4000)):
-        write_audio(tmp_path / "audio" / f"{n}.flac", rate=44100, hz=hz, channels=2)
-    (tmp_path / "quiet.wav").write_bytes(b"")
-    rows = "".join(f"{n}.flac,A tone number {n} sounds.\n" for n in range(3))
-    (tmp_path / "captions.csv").write_text(f"file_name,caption\n{rows}quiet.wav,x\ngone.wav,y\n0.flac,...\n1.flac,\n")
-    source = source_of(banked(tmp_path))
-    clips = list(source.clips(source.shards()[0]))
-    assert len(clips) == 4
-    for clip in clips:
-        assert isinstance(clip, Clip)
-        (number,) = {n for n in range(3) if all(f"a tone number {n} sounds" in text.lower() for text in clip.captions)}
-        power = np.abs(np.fft.rfft(clip.waveform.astype(float)))
-        assert np.argmax(power) / 2.0 == pytest.approx((500, 2000, 4000)[number], abs=5)
+    for name in ("quiet.wav", "5.flac"):
+        (tmp_path / name).write_bytes(b"")
+    rows = "".join(f"{n}.flac,A tone number {n} sounds.,{'train' if n < 3 else 'test'},\n" for n in range(4))
+    source = tones(tmp_path, write_audio, f"{rows}quiet.wav,x,,\ngone.wav,y,,\n4.flac,...,,\n5.flac,,,\n")
+    assert heard(source, "train") == {0, 1, 2}
+    assert heard(source, "test") == {3}
     rejected = sorted((one.id, one.reason) for one in source.early_rejections())
     assert rejected == [
-        ("0.flac", "empty caption"),
-        ("1.flac", "empty caption"),
+        ("4.flac", "empty caption"),
+        ("5.flac", "empty caption"),
         ("gone.wav", "missing file"),
         ("quiet.wav", "empty"),
     ]
+    assert source.recordings() == 8
+
+
+def test_no_scene_to_train_on_holds_a_recording_that_is_evaluated_on(tmp_path, write_audio):
+    """By source id, here (2) and elsewhere (1), and by its samples (4)."""
+    told = [
+        (0, "train", ""),
+        (1, "train", "freesound:7"),
+        (2, "train", "freesound:8"),
+        (3, "test", "freesound:8"),
+        (4, "train", ""),
+    ]
+    rows = "".join(f"{n}.flac,A tone number {n} sounds.,{split},{source}\n" for n, split, source in told)
+    write_audio(tmp_path / "copy.flac", rate=44100, hz=HERTZ[4], channels=2)
+    source = tones(tmp_path, write_audio, f"{rows}copy.flac,A tone number 4 sounds.,test,\n")
+    assert heard(source, "train") == {0}
+    assert heard(source, "test") == {3, 4}
+    rejected = sorted((one.id, one.reason) for one in source.early_rejections())
+    assert rejected == [("1.flac", BY_SOURCE), ("2.flac", BY_SOURCE), ("4.flac", BY_DIGEST)]
 
 
 def test_a_bank_that_cannot_be_used_is_refused_by_name(tmp_path):
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank") as refusal:
-        source_of(banked(tmp_path / "no")).key()
+        source_of(banked(tmp_path / "no"))
     assert str(tmp_path / "no") in str(refusal.value)
     (tmp_path / "captions.csv").write_text("file_name,caption\ngone.wav,y\n")
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank: none of the 1 recordings"):
         source_of(banked(tmp_path)).early_rejections()
+
+
+def test_a_bank_without_a_recording_for_a_split_is_refused(tmp_path, write_audio):
+    source = tones(tmp_path, write_audio, "0.flac,A tone number 0 sounds.,train,\n")
+    with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank: no usable recording .* is for the split test: tell"):
+        source.early_rejections()
 
 
 def test_the_key_of_soundscapes_changes_with_the_bank(tmp_path, write_audio):

@@ -373,8 +373,8 @@ def test_progress_ends_at_all_clips(recordings, tmp_path):
 def test_a_bank_of_recordings_is_prepared_with_its_rejections(tmp_path, write_audio):
     for n in range(4):
         write_audio(tmp_path / "bank" / f"{n}.flac", hz=400 * (n + 1), rate=22050)
-    rows = "".join(f"{n}.flac,a tone called {n} sounds\n" for n in range(4))
-    (tmp_path / "bank" / "captions.csv").write_text(f"file_name,caption\n{rows}gone.flac,x\n")
+    rows = "".join(f"{n}.flac,a tone called {n} sounds,{'test' if n == 0 else 'train'}\n" for n in range(4))
+    (tmp_path / "bank" / "captions.csv").write_text(f"file_name,caption,split\n{rows}gone.flac,x,train\n")
     soundscapes = SoundscapeSettings(train=6, validation=0, test=2, seconds=2.0, bank=str(tmp_path / "bank"))
     corpus = prepare(soundscape_data(tmp_path / "out", soundscapes=soundscapes, max_rejected=0.5))
     assert [corpus.clips(split) for split in SPLITS] == [6, 0, 2]
