@@ -31,6 +31,9 @@ Listener = Callable[[dict[str, Any]], None]
 #: Clips that are named when a corpus was prepared, of those that an evaluation split has too; the data card names more.
 SHOWN_LEAKS = 5
 
+#: Kinds of events that the history is saved with: a sweep may stop its trial at any evaluation, and counts what was saved.
+SAVED_AT = ("epoch", "published", "validated", "not validated")
+
 #: Settings that may change when a run is continued: they say where and how, not what.
 MAY_CHANGE = (
     "run.worker_logs",
@@ -242,7 +245,7 @@ class Monitor:
         for event in new:
             self._show(event)
             self._recorder.record(event)
-        self._unsaved |= over or any(event["kind"] in ("epoch", "published") for event in new)
+        self._unsaved |= over or any(event["kind"] in SAVED_AT for event in new)
         if self._unsaved:
             self._save()
         for event in new:  # who listens may stop the run: what it was told is saved

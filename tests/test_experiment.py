@@ -14,6 +14,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import psutil
@@ -24,12 +26,13 @@ from picture_trees import coco_2017, save, scene
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ask_ray import experiment, inspection, lease, report
+from ask_ray import experiment, inspection, lease, report, tracking
 from ask_ray.config import Settings, SettingsError, UserError, load
 from ask_ray.data.batches import pad
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.data.schema import UnusableClip
+from ask_ray.journal import Journal
 from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
@@ -294,6 +297,23 @@ def test_epochs_whose_evaluation_gave_no_figures_are_named(small_corpus, home: P
     assert experiment._unevaluated(settings, small_corpus, events) == [2, 6]
     inline = [{"kind": "epoch", "epoch": epoch, "step": epoch, "t2a_r1": 0.1} for epoch in (2, 4, 6)]
     assert experiment._unevaluated(settings, small_corpus, inline) == []
+
+
+@pytest.mark.parametrize("kind", ["epoch", "validated", "not validated"])
+def test_who_listens_hears_of_an_evaluation_when_it_is_saved(tmp_path: Path, kind: str) -> None:
+    folder, saved = Folder.at(str(tmp_path)), []
+    unread = cast(tracking.Recorder, SimpleNamespace(record=lambda event: None))
+    monitor = experiment.Monitor(
+        settings_of(tmp_path),
+        Journal("none"),
+        folder,
+        unread,
+        quiet(),
+        lambda event: saved.append(folder.read_json("history.json")),
+    )
+    event = {"kind": kind, "epoch": 1, "step": 8, "loss": 1.0, "temperature": 0.1, "clips_per_second": 1.0, "problem": "it broke"}
+    monitor._heed([event], over=False)
+    assert saved == [[event]]
 
 
 def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:
