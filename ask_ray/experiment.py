@@ -117,19 +117,24 @@ def _driven(
         recorder.finish(result, pictures)
     _tell(console, result, place, pictures, recorder)
     if missing := _unevaluated(settings, corpus, seen.events):
-        console.print(
-            f"[red]Not evaluated[/]: epochs {missing}; their evaluation beside training failed or took longer than "
-            "training.evaluation_timeout_seconds"
-        )
+        console.print(f"[red]Not evaluated[/]: epochs {missing}; {_why_unevaluated(settings)}")
     return result
 
 
 def _unevaluated(settings: Settings, corpus: Corpus, events: list[dict[str, Any]]) -> list[int]:
-    """Epochs that were to be evaluated and of which no figures came."""
+    """Epochs that were to be evaluated and of which no figures came. Those before a fork began are the other run's."""
     if corpus.clips("validation") == 0:
         return []
-    due = [epoch for epoch in range(1, settings.training.epochs + 1) if settings.training.evaluates(epoch)]
+    begun = next((event["epoch"] for event in events if event["kind"] == "began"), 0)
+    due = [epoch for epoch in range(begun + 1, settings.training.epochs + 1) if settings.training.evaluates(epoch)]
     return sorted({*due} - {event["epoch"] for event in report.validations(events)})
+
+
+def _why_unevaluated(settings: Settings) -> str:
+    """What keeps figures away, by who evaluates."""
+    if settings.training.evaluates_beside:
+        return "their evaluation beside training failed or took longer than training.evaluation_timeout_seconds"
+    return "the workers evaluated them, and the run broke off, or lost its journal, before their figures were saved"
 
 
 def _named(settings: Settings) -> Settings:

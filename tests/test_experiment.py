@@ -299,6 +299,22 @@ def test_epochs_whose_evaluation_gave_no_figures_are_named(small_corpus, home: P
     assert experiment._unevaluated(settings, small_corpus, inline) == []
 
 
+def test_a_fork_owes_no_evaluations_of_the_run_that_it_began_from(home: Path) -> None:
+    settings, corpus = settings_of(home, training={"evaluate_every": 1, "epochs": 4}), SimpleNamespace(clips=lambda split: 7)
+    events = [
+        {"kind": "began", "epoch": 2, "step": 20},
+        {"kind": "epoch", "epoch": 3, "step": 30, "t2a_r1": 0.1},
+        {"kind": "began", "epoch": 3, "step": 30},
+    ]
+    assert experiment._unevaluated(settings, cast(Corpus, corpus), events) == [4]
+    assert experiment._unevaluated(settings, cast(Corpus, corpus), events[1:2]) == [1, 2, 4]
+
+
+def test_why_figures_are_missing_is_told_by_who_evaluates(home: Path) -> None:
+    assert "evaluation_timeout_seconds" in experiment._why_unevaluated(settings_of(home, training={"evaluation": "beside"}))
+    assert "the workers evaluated them" in experiment._why_unevaluated(settings_of(home))
+
+
 @pytest.mark.parametrize("kind", ["epoch", "validated", "not validated"])
 def test_who_listens_hears_of_an_evaluation_when_it_is_saved(tmp_path: Path, kind: str) -> None:
     folder, saved = Folder.at(str(tmp_path)), []
