@@ -51,10 +51,12 @@ class Journal:
     @classmethod
     def start(cls, name: str | None = None) -> tuple[Journal, ActorHandle]:
         """A new journal, and the actor that lives as long as the caller holds it, on the caller's node: no other node's loss
-        takes it away."""
+        takes it away. A name may be used again when the actor that had it is gone."""
         name = name or f"ask_ray-journal-{uuid.uuid4().hex}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return cls(name), _Keeper.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        keeper = _Keeper.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        _found.cache_clear()  # this process may know the dead actor of an earlier journal of this name
+        return cls(name), keeper
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Record an event without waiting; a lost journal never stops the one who tells."""
@@ -119,9 +121,14 @@ class Follower:
             self._heed(new, over)
 
 
-@lru_cache(maxsize=8)
 def _keeper(name: str) -> ActorHandle | None:
+    """The actor of a journal, None if there is none: then it is looked for again the next time."""
     try:
-        return ray.get_actor(name)
+        return _found(name)
     except ValueError:
         return None
+
+
+@lru_cache(maxsize=8)
+def _found(name: str) -> ActorHandle:
+    return ray.get_actor(name)

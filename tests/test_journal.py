@@ -2,10 +2,12 @@
 
 import pickle
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 
+from ask_ray import journal as journals
 from ask_ray.journal import Journal
 
 
@@ -102,3 +104,43 @@ def test_a_journal_that_was_restarted_is_read_on_from_its_new_beginning(ray_sess
     wait_for(lambda: len(journal.events()) == 4)
     assert [event["step"] for event in read + journal.read(mark)[0]] == list(range(7))
     ray.kill(keeper)
+
+
+@pytest.fixture
+def named(monkeypatch) -> dict[str, SimpleNamespace]:
+    """In place of Ray: the actors by their names, each with the list of what it `heard`."""
+    there: dict[str, SimpleNamespace] = {}
+
+    def start(name: str, **options: object) -> SimpleNamespace:
+        heard: list[str] = []
+        there[name] = SimpleNamespace(heard=heard, record=SimpleNamespace(remote=lambda event: heard.append(event["kind"])))
+        return SimpleNamespace(remote=lambda: there[name])
+
+    def find(name: str) -> SimpleNamespace:
+        if name not in there:
+            raise ValueError(name)
+        return there[name]
+
+    monkeypatch.setattr(journals, "_Keeper", SimpleNamespace(options=start))
+    monkeypatch.setattr(ray, "get_actor", find)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: 56 * "0"))
+    return there
+
+
+def test_a_name_that_is_used_again_is_heard_by_the_new_journal(named):
+    (first, _), told = Journal.start("again"), named["again"].heard
+    first.tell("first")
+    del named["again"]
+    second, _ = Journal.start("again")
+    second.tell("second")
+    first.tell("third")
+    assert (told, named["again"].heard) == (["first"], ["second", "third"])
+
+
+def test_who_tells_before_there_is_a_journal_is_heard_when_there_is_one(named):
+    early = Journal("to come")
+    early.tell("unheard")
+    assert early.events() == []
+    journals._Keeper.options(name="to come")  # by another process
+    early.tell("heard")
+    assert named["to come"].heard == ["heard"]
