@@ -97,7 +97,8 @@ def longest(settings: Settings, space: Space) -> int:
 
 
 def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialScheduler | None:
-    """ASHA by age, over the epochs of all seeds; no trial is stopped at its end. Or population based training."""
+    """ASHA by age, over the epochs of all seeds; no trial is stopped at its end, of which :mod:`~ask_ray.tuning.trial` tells it
+    only when all is done. Or population based training."""
     if sweep.algorithm == "pbt":
         return PopulationBasedTraining(
             time_attr=AGE,
@@ -105,7 +106,7 @@ def _scheduler(sweep: SweepSettings, space: Space, epochs: int) -> TrialSchedule
             hyperparam_mutations={one.key: list(one.values) if one.kind in LISTS else one.domain for one in space.dimensions},
             custom_explore_fn=partial(within, space),
         )
-    last = epochs * len(sweep.seeds) - 1  # who has trained so long is not stopped any more
+    last = epochs * len(sweep.seeds) - 1  # the longest trial tells of no later age before its end
     if not sweep.early_stopping or last < sweep.grace_epochs:
         return None
     return ASHAScheduler(

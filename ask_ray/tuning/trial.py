@@ -102,7 +102,8 @@ def _donor() -> str | None:
 def train_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """Ray Tune's trainable: train once with each seed, and report after every evaluation. What is there is not done again.
 
-    Reported are the figures of an evaluation with `age`, and at the end the metric's mean over the seeds with `whole`.
+    Reported are the figures of an evaluation with `age`, and at the end the metric's mean over the seeds with `whole`. That
+    alone tells early stopping of the last epoch of all: no trial is stopped between its training and its end.
     """
     trial = tune.get_context().get_trial_id()
     try:
@@ -119,7 +120,12 @@ def _train(trial: str, point: Point, plan: TrialPlan) -> None:
         for number, seed in enumerate(plan.sweep.seeds):
             settings = settings_of(plan, point, trial, seed)
             name, folder = str(settings.run.name), plan.trials / str(settings.run.name)
-            told = _Told(number * settings.training.epochs, name if plan.sweep.algorithm == "pbt" else None)
+            epochs, last = settings.training.epochs, number == len(plan.sweep.seeds) - 1
+            told = _Told(
+                number * epochs,
+                name if plan.sweep.algorithm == "pbt" else None,
+                epochs if last and plan.sweep.early_stopping else None,
+            )
             if not finished(folder):
                 tags = {PARENT_TAG: plan.parent, TRIAL_TAG: trial, **{key: str(value) for key, value in point.items()}}
                 experiment.run(settings, Console(file=nowhere), told.tell, tags)
@@ -130,14 +136,16 @@ def _train(trial: str, point: Point, plan: TrialPlan) -> None:
 
 @dataclass(frozen=True)
 class _Told:
-    """Reports evaluations to Ray Tune: `before` epochs were done by earlier seeds; under pbt with the run to take over."""
+    """Reports evaluations to Ray Tune: `before` epochs were done by earlier seeds; under pbt with the run to take over; those
+    `until` an epoch, without its own: ASHA would stop a trial whose training is done at a rung that it is first seen above."""
 
     before: int
     run: str | None
+    until: int | None = None
 
     def tell(self, event: dict[str, Any]) -> None:
         """Report an event if it is an evaluation."""
-        if event["kind"] not in ("epoch", "validated") or "mean_r1" not in event:
+        if event["kind"] not in ("epoch", "validated") or "mean_r1" not in event or event["epoch"] == self.until:
             return
         figures = {key: value for key, value in event.items() if isinstance(value, int | float) and key != "time"}
         report = {**figures, AGE: self.before + event["epoch"], DONE: False}

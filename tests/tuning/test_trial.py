@@ -1,0 +1,83 @@
+"""What a trial tells Ray Tune, and whom early stopping may stop for it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
+
+from ask_ray import experiment
+from ask_ray.config import Settings, SweepSettings, load
+from ask_ray.journal import Journal
+from ask_ray.storage import Folder
+from ask_ray.tuning import search, trial
+from ask_ray.tuning.space import Dimension, Space
+from ask_ray.tuning.trial import AGE, DONE, TrialPlan
+
+SPACE = Space("space.yaml", (Dimension("training.epochs", "choice", (6, 12), 2),))
+
+
+def run(settings: Settings, console: Console, listen: experiment.Listener, tags: dict[str, str]) -> None:
+    """A run that does nothing but what it tells and leaves."""
+    training = settings.training
+    events = [
+        {"kind": "epoch", "epoch": epoch, "step": epoch, "t2a_r1": 0.1, "mean_r1": epoch / 100}
+        for epoch in range(1, training.epochs + 1)
+        if training.evaluates(epoch)
+    ]
+    folder = Folder.at(settings.run.storage) / str(settings.run.name)
+    folder.write_json("history.json", events)
+    for event in events:
+        listen(event)
+    folder.write_json("result.json", {})
+
+
+@pytest.fixture
+def reports(monkeypatch) -> list[dict[str, Any]]:
+    """What trials reported."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(tune, "report", lambda report, checkpoint=None: made.append(report))
+    return made
+
+
+def train(home: Path, name: str, sweep: SweepSettings, epochs: int, every: int) -> None:
+    settings = load({"training": {"epochs": epochs, "evaluate_every": every}})
+    trial._train(name, {}, TrialPlan(settings, sweep, Folder.at(str(home)), "", Journal("none")))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "ages"),
+    [
+        ({}, [3, 6, 7]),
+        ({"seeds": [0, 1]}, [3, 6, 9, 12, 13]),
+        ({"early_stopping": True}, [3, 7]),
+        ({"early_stopping": True, "seeds": [0, 1]}, [3, 6, 9, 13]),
+        ({"algorithm": "pbt"}, [3, 6, 7]),
+    ],
+)
+def test_every_evaluation_is_told_but_early_stopping_hears_of_the_last_only_when_all_is_done(tmp_path, reports, sweep, ages):
+    train(tmp_path, "a", SweepSettings(**sweep), 6, 3)
+    assert [report[AGE] for report in reports] == ages
+    assert [report[DONE] for report in reports] == [False] * (len(ages) - 1) + [True]
+    assert reports[-1]["mean_r1"] == 0.06
+
+
+@pytest.mark.parametrize(("epochs", "every", "grace"), [([12, 12], 3, 10), ([6, 14], 1, 6), ([6, 14], 2, 5)])
+def test_a_trial_whose_training_is_done_is_not_stopped_before_its_end(tmp_path, reports, epochs, every, grace):
+    sweep = SweepSettings(early_stopping=True, grace_epochs=grace)
+    scheduler = search.config(sweep, SPACE, [], 2, max(epochs))["tune_config"].scheduler
+    scheduler.set_search_properties("mean_r1", "max")
+    for number, of_trial in enumerate(reversed(epochs)):  # the shorter one comes later, and each is worse than that before it
+        told = SimpleNamespace(trial_id=str(number))
+        scheduler.on_trial_add(None, told)
+        reports.clear()
+        train(tmp_path, told.trial_id, sweep, of_trial, every)
+        for report in reports:
+            worse = {**report, "mean_r1": 1.0 - number / 10}
+            if scheduler.on_trial_result(None, told, worse) == TrialScheduler.STOP:
+                assert report[DONE], "stopped before its final refresh and evaluation"
