@@ -10,11 +10,12 @@ from typing import Any
 
 from scipy import stats
 
+from ask_ray import report
 from ask_ray.config import SweepSettings
 from ask_ray.storage import Folder
 from ask_ray.tables import Sheet
 from ask_ray.tuning.space import Point, name_of
-from ask_ray.tuning.trial import finished, run_folder, value_of
+from ask_ray.tuning.trial import finished, last_part, run_folder, run_name, value_of
 
 #: How a trial stands. Only finished ones can be the best.
 RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped early", "failed", "interrupted"
@@ -29,14 +30,14 @@ def row_of(trials: Folder, trial: str, point: Point, status: str, reason: str, s
     `value` is the mean over the seeds of the metric's last reading on the validation split, None before the first; `values` are
     those by seed. Of whole runs: `test`, the mean of both R@1 on the test split, if there is one, by seed in `tests`; means over
     seeds of `refreshes` (versions swapped in), `refresh_seconds` (encoding and building, the first version's included) and
-    `seconds` (of training).
+    `seconds` (of training), of all parts of a run where pbt changed its settings in the middle.
     """
     folders = {seed: run_folder(trials, trial, seed) for seed in sweep.seeds}
     values = {str(seed): value_of(folder, sweep.metric) for seed, folder in folders.items()}
     known = {seed: value for seed, value in values.items() if math.isfinite(value)}
     results = {seed: folder.read_json("result.json") for seed, folder in folders.items() if finished(folder)}
     tests = {str(seed): _mean_r1(result["final"]) for seed, result in results.items() if result["final"]}
-    refreshing = [sum(one["encode_seconds"] + one["build_seconds"] for one in of["refreshes"]) for of in results.values()]
+    prices = [_price(trials, trial, seed) for seed in results]
     return {
         "trial": trial,
         "point": point,
@@ -46,10 +47,37 @@ def row_of(trials: Folder, trial: str, point: Point, status: str, reason: str, s
         "values": known,
         "test": _mean(tests.values()),
         "tests": tests,
-        "refreshes": _mean(len(of["refreshes"]) for of in results.values()),
-        "refresh_seconds": _mean(refreshing),
-        "seconds": _mean(of["training_seconds"] for of in results.values()),
+        "refreshes": _mean(len(refreshes) for refreshes, _ in prices),
+        "refresh_seconds": _mean(sum(one["encode_seconds"] + one["build_seconds"] for one in made) for made, _ in prices),
+        "seconds": _mean(seconds for _, seconds in prices),
     }
+
+
+def _price(trials: Folder, trial: str, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """The refreshes and the seconds of training of all parts of a trial's run."""
+    names = [run_name(trial, seed, part) for part in range(last_part(trials, trial, seed) + 1)]
+    parts = [_price_of_part(trials / name) for name in names]
+    return [one for refreshes, _ in parts for one in refreshes], sum(seconds for _, seconds in parts)
+
+
+def _price_of_part(folder: Folder) -> tuple[list[dict[str, Any]], float]:
+    """The refreshes and the seconds of training of a run, from its history where it was left before its end."""
+    if finished(folder):
+        result = folder.read_json("result.json")
+        return result["refreshes"], result["training_seconds"]
+    events = folder.read_json("history.json") if folder.exists("history.json") else []
+    return report.refreshes(events), _trained(events)
+
+
+def _trained(events: Sequence[dict[str, Any]]) -> float:
+    """Seconds of training that a history tells of: from each beginning to the last step or epoch before the next."""
+    seconds, begun, last = 0.0, None, 0.0
+    for event in events:
+        if event["kind"] == "began":
+            seconds, begun, last = seconds + last, event["time"], 0.0
+        elif event["kind"] in ("step", "epoch") and begun is not None:
+            last = event["time"] - begun
+    return seconds + last
 
 
 def _mean(values: Any) -> float | None:

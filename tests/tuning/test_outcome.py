@@ -66,6 +66,26 @@ def test_the_newest_part_of_a_run_counts(tmp_path):
     assert outcome.row_of(trials, "a", {}, outcome.RUNNING, "", SweepSettings())["value"] == 0.7
 
 
+def test_what_all_parts_of_a_run_took_is_summed(tmp_path):
+    trials = Folder.at(str(tmp_path))
+    made = {"encoder_step": 8, "encode_seconds": 3.0, "build_seconds": 0.25, "entries": 9, "reason": ""}
+    swapped = {"rank": 0, "step": 9, "lag_steps": 1, "swap_ms": 2.0}
+    told = [
+        ("began", 100.0, {"step": 0}),
+        ("published", 104.0, {"version": 1, **made}),
+        ("swapped", 105.0, {"version": 1, **swapped}),
+        ("epoch", 110.0, {"step": 10}),
+        ("began", 200.0, {"step": 10}),  # after a worker was lost
+        ("step", 203.0, {"step": 12}),
+        ("published", 204.0, {"version": 2, **made}),  # never in use
+    ]
+    (trials / run_name("a", 0)).write_json("history.json", [{"kind": kind, "time": at, **more} for kind, at, more in told])
+    write_run(trials, run_name("a", 0, 2), [0.1, 0.3], test=0.4)  # the part before it was left before it began
+    found = outcome.row_of(trials, "a", {}, outcome.FINISHED, "", SweepSettings())
+    assert (found["refreshes"], found["refresh_seconds"], found["seconds"]) == pytest.approx((3, 3.25 + 4.0, 13.0 + 30.0))
+    assert (found["value"], found["test"]) == pytest.approx((0.3, 0.4))
+
+
 @pytest.mark.parametrize(("mode", "order"), [("max", "bacde"), ("min", "abcde")])
 def test_finished_trials_come_first_and_only_they_can_be_the_best(mode, order):
     rows = [
