@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
+from itertools import product
 from typing import Any
 
 import ray
@@ -16,9 +18,11 @@ CPU_WORKERS = 2
 #: What the pool takes of a GPU that it must share with a worker.
 SHARED_GPU = 0.25
 
-
 #: What the process of a trial reserves beside its run.
 TRIAL_CPUS = 0.05
+
+#: Shares are summed as floats: less than this is a rounding error, for Ray counts in ten thousandths.
+SLACK = 1e-6
 
 
 def connect(settings: Settings) -> None:
@@ -82,11 +86,11 @@ def fitted(settings: Settings) -> Settings:
     Raises:
         SettingsError: for a run that this cluster can never hold, with the sum of what is asked for and what there is.
     """
-    there = ray.cluster_resources()
-    made = share(settings, there.get("GPU", 0.0))
+    there, nodes = ray.cluster_resources(), _alive()
+    made = share(settings, nodes)
     _check_sum(made, there.get("CPU", 0.0), there.get("GPU", 0.0))
-    nodes = _alive()
     _check_nodes(made, nodes)
+    _check_places(made, nodes)
     return made
 
 
@@ -123,7 +127,7 @@ def _placed(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
     parts += [({"CPU": share}, nodes) for share in (_evaluation_cpus(settings), TRIAL_CPUS)]
     for part, on in sorted(parts, key=lambda one: (one[0].get("GPU", 0.0), one[0]["CPU"]), reverse=True):
         there = (node["Resources"] for node in on)
-        fits = (has for has in there if all(has.get(name, 0.0) + 1e-6 >= share for name, share in part.items()))
+        fits = (has for has in there if all(has.get(name, 0.0) + SLACK >= share for name, share in part.items()))
         has = next(fits, None)
         if has is None:
             return False
@@ -161,19 +165,32 @@ def memories() -> list[float]:
     return [node["Resources"].get("memory", 0.0) for node in _alive()]
 
 
-def share(settings: Settings, gpus: float) -> Settings:
-    """Deal a cluster's GPUs to workers and encoder actors, where the settings leave it open."""
+def share(settings: Settings, nodes: list[dict[str, Any]]) -> Settings:
+    """Deal the nodes' GPUs to the workers and encoder actors that may run there, where the settings leave it open."""
     training, pool = settings.training, settings.knowledge.pool
+    trained_on = [node for node in nodes if _trains(settings, node)]
+    gpus = _gpus(trained_on)
     device = training.device if training.device != "auto" else ("cuda" if gpus >= 1 else "cpu")
     if device == "cpu":
         shares: dict[str, object] = {"workers": training.workers or CPU_WORKERS, "gpus_per_worker": None, "device": device}
         return _filled(settings, shares, pool.gpus or 0.0)
     workers = training.workers or max(1, int(gpus))
-    spare = gpus - workers >= pool.min_actors or not settings.ask.enabled
-    whole = spare or training.min_workers is not None  # elastic workers reserve no fractions
+    both = _gpus([node for node in trained_on if _encodes(settings, node)])  # workers may be put on these first
+    encoding = _gpus([node for node in nodes if _encodes(settings, node)])
+    spare = encoding - min(workers, both) >= pool.min_actors or not settings.ask.enabled
+    whole = spare or not both or training.min_workers is not None  # elastic workers reserve no fractions
     per_worker = training.gpus_per_worker or (1.0 if whole else 1.0 - SHARED_GPU)
-    of_pool = pool.gpus if pool.gpus is not None else (1.0 if spare else min(SHARED_GPU, SHARED_GPU * workers / pool.min_actors))
+    of_pool = pool.gpus if pool.gpus is not None else (1.0 if spare else _shared(encoding, pool.min_actors))
     return _filled(settings, {"workers": workers, "gpus_per_worker": per_worker, "device": device}, of_pool)
+
+
+def _gpus(nodes: list[dict[str, Any]]) -> float:
+    return sum(node["Resources"].get("GPU", 0.0) for node in nodes)
+
+
+def _shared(gpus: float, actors: int) -> float:
+    """What each actor takes of a GPU where they have not one each; nothing where the pool's nodes have none."""
+    return SHARED_GPU / math.ceil(actors / gpus) if gpus else 0.0
 
 
 def _filled(settings: Settings, training: dict[str, object], pool_gpus: float) -> Settings:
@@ -187,10 +204,15 @@ def _filled(settings: Settings, training: dict[str, object], pool_gpus: float) -
     )
 
 
+def _at_once(settings: Settings) -> tuple[int, int]:
+    """The workers, of an elastic run the least, and the encoder actors that a run cannot do without."""
+    training = settings.training
+    return training.min_workers or training.workers or 0, settings.knowledge.pool.min_actors if settings.ask.enabled else 0
+
+
 def _check_sum(settings: Settings, cpus: float, gpus: float) -> None:
     training, pool = settings.training, settings.knowledge.pool
-    workers, each = training.min_workers or training.workers or 0, training.gpus_per_worker or 0.0  # elastic: the least
-    actors = pool.min_actors if settings.ask.enabled else 0
+    (workers, actors), each = _at_once(settings), training.gpus_per_worker or 0.0
     asked_cpus, asked_gpus = _cpus(settings, workers), round(workers * each + actors * (pool.gpus or 0.0), 4)
     if asked_cpus > cpus or asked_gpus > gpus:
         raise SettingsError(
@@ -211,16 +233,102 @@ def _check_nodes(settings: Settings, nodes: list[dict[str, Any]]) -> None:
     encoded_on = [node for node in nodes if _encodes(settings, node)]
     if settings.ask.enabled and not encoded_on:
         raise SettingsError(f"knowledge.pool.node_labels: no live node of the cluster carries {pool.node_labels}")
-    for field, asked, on in (
-        ("training.cpus_per_worker", training.cpus_per_worker, trained_on),
-        ("knowledge.pool.cpus", pool.cpus if settings.ask.enabled else 0.0, encoded_on),
-        ("training.evaluation_cpus", _evaluation_cpus(settings), nodes),
+    for field, kind, asked, on in (
+        ("training.cpus_per_worker", "CPU", training.cpus_per_worker, trained_on),
+        ("training.gpus_per_worker", "GPU", training.gpus_per_worker or 0.0, trained_on),
+        ("knowledge.pool.cpus", "CPU", pool.cpus if settings.ask.enabled else 0.0, encoded_on),
+        ("knowledge.pool.gpus", "GPU", (pool.gpus or 0.0) if settings.ask.enabled else 0.0, encoded_on),
+        ("training.evaluation_cpus", "CPU", _evaluation_cpus(settings), nodes),
     ):
-        largest = max((node["Resources"].get("CPU", 0.0) for node in on), default=0.0)
+        largest = max((node["Resources"].get(kind, 0.0) for node in on), default=0.0)
         if asked > largest:
-            raise SettingsError(f"{field}: {asked:g} CPU are asked of one node, the largest node has {largest:g}")
+            raise SettingsError(
+                f"{field}: {asked:g} {kind} are asked of one node, the largest node that may be used for it has {largest:g}"
+            )
     if training.min_workers is not None and settings.ask.enabled:
         _check_room(settings, encoded_on)
+
+
+def _check_places(settings: Settings, nodes: list[dict[str, Any]]) -> None:
+    """All that a run reserves at once must find its places, each worker, actor or task whole on a node: Ray would go on trying.
+
+    Raises:
+        SettingsError: with what is asked for and what each node has.
+    """
+    if _fits(settings, nodes):
+        return
+    training, pool, (workers, actors) = settings.training, settings.knowledge.pool, _at_once(settings)
+    raise SettingsError(
+        f"training.workers: the run reserves at once {workers} workers x ({training.cpus_per_worker:g} CPU + "
+        f"{training.gpus_per_worker or 0.0:g} GPU), {actors} encoder actors x ({pool.cpus:g} CPU + {pool.gpus or 0.0:g} GPU) and "
+        f"{_evaluation_cpus(settings):g} CPU for evaluation beside training, each whole on one node, less than a GPU on one GPU, "
+        f"and the nodes cannot hold them: {_told(settings, nodes)}. Lower training.workers, training.cpus_per_worker or "
+        "knowledge.pool.cpus, or add nodes"
+    )
+
+
+def _told(settings: Settings, nodes: list[dict[str, Any]]) -> str:
+    """What nodes have, and what may not run on them."""
+    told: Counter[str] = Counter()
+    for node in nodes:
+        has = node["Resources"]
+        barred = ["not for workers"] * (not _trains(settings, node)) + ["not for the pool"] * (not _encodes(settings, node))
+        told[", ".join([f"{has.get('CPU', 0.0):g} CPU + {has.get('GPU', 0.0):g} GPU", *barred])] += 1
+    return "; ".join(f"{count} x ({one})" for one, count in told.items())
+
+
+def _fits(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
+    """Whether the nodes can hold all that a run reserves at once.
+
+    `most` holds, node after node, by how many workers are placed and whether the evaluation is, how many actors can be beside
+    them: unlike with first fit, no way to place them is missed, and what fits is never refused.
+    """
+    workers, actors = _at_once(settings)
+    most = {(0, _evaluation_cpus(settings) == 0): 0}
+    for node in nodes:
+        reached: dict[tuple[int, bool], int] = {}
+        for (placed, evaluated), held in most.items():
+            for more, evaluates in product(range(workers - placed + 1), {False, not evaluated}):
+                beside = _actors_beside(settings, node, more, evaluates)
+                if beside is not None:
+                    key = (placed + more, evaluated or evaluates)
+                    reached[key] = max(reached.get(key, 0), held + beside)
+        most = reached
+    return most.get((workers, True), -1) >= actors
+
+
+def _actors_beside(settings: Settings, node: dict[str, Any], workers: int, evaluates: bool) -> int | None:
+    """How many actors fit on a node beside so many workers and, if it `evaluates`, the evaluation; None if those do not fit."""
+    training, pool, has = settings.training, settings.knowledge.pool, node["Resources"]
+    taken = workers * training.cpus_per_worker + (_evaluation_cpus(settings) if evaluates else 0.0)
+    cpus = has.get("CPU", 0.0) - taken
+    gpus = _left_of_gpus(int(has.get("GPU", 0.0)), workers, training.gpus_per_worker or 0.0)
+    if cpus < -SLACK or not gpus or (workers and not _trains(settings, node)):
+        return None
+    if not _encodes(settings, node):
+        return 0
+    on_gpus = max(_actors_on(left, pool.gpus) for left in gpus) if pool.gpus else math.inf
+    return int(min((cpus + SLACK) // pool.cpus, on_gpus))
+
+
+def _left_of_gpus(gpus: int, workers: int, share: float) -> list[list[float]]:
+    """What workers leave of each GPU of a node, for every number of them on one; none if they do not fit. A part of a GPU is of
+    one GPU."""
+    if workers == 0 or share == 0:
+        return [[1.0] * gpus]
+    made = []
+    for each in range(1, int((1 + SLACK) // share) + 1):
+        used = [min(each, workers - first) for first in range(0, workers, each)]
+        if len(used) <= gpus:
+            made.append([1.0 - of * share for of in used] + [1.0] * (gpus - len(used)))
+    return made
+
+
+def _actors_on(left: list[float], share: float) -> int:
+    """How many actors fit where so much is left of each GPU."""
+    if share >= 1:
+        return int((sum(one == 1 for one in left) + SLACK) // share)
+    return sum(int((one + SLACK) // share) for one in left)
 
 
 def _trains(settings: Settings, node: dict[str, Any]) -> bool:

@@ -1,5 +1,7 @@
 """How GPUs are dealt out, and which runs a cluster can never hold."""
 
+from itertools import product
+
 import pytest
 import ray
 from hypothesis import given
@@ -15,8 +17,14 @@ def of(training: dict | None = None, pool: dict | None = None, **ask: object) ->
     return load({"training": training or {}, "knowledge": {"pool": pool}, "ask": ask})
 
 
+def node(cpus: float, gpus: float = 0.0, train: bool = False, **labels: str) -> dict:
+    """A live node as Ray tells of it, with the resource `train` if asked for."""
+    resources = {"CPU": float(cpus), "GPU": float(gpus)} | ({"train": 1.0} if train else {})
+    return {"Alive": True, "Resources": resources, "Labels": labels}
+
+
 def dealt(settings: Settings, gpus: float) -> tuple:
-    made = cluster.share(settings, gpus)
+    made = cluster.share(settings, [node(64, gpus)])
     training = made.training
     return training.device, training.workers, training.gpus_per_worker, made.knowledge.pool.gpus
 
@@ -44,19 +52,115 @@ def test_gpus_are_dealt_to_workers_and_pool(settings, gpus, expected):
 @given(gpus=st.integers(0, 64), enabled=st.booleans())
 @budget(deadline=None)
 def test_what_is_dealt_fits_where_nothing_was_asked_for(gpus, enabled):
-    made = cluster.share(of(enabled=enabled), float(gpus))
+    made = cluster.share(of(enabled=enabled), [node(64, gpus)])
     pool = (made.knowledge.pool.gpus or 0.0) if enabled else 0.0
     assert (made.training.workers or 0) * (made.training.gpus_per_worker or 0.0) + pool <= gpus
     assert made.training.workers == (gpus or 2)
 
 
+TRAIN, APART = {"node_resource": "train"}, {"node_labels": {"role": "encoder"}}
+TRAINING = [node(4, 1, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        # GPUs that one side alone may use are dealt to that side alone
+        (of(TRAIN, APART), [*TRAINING, node(8, role="encoder")], ("cuda", 2, 1.0, 0.0)),
+        (of(TRAIN, APART), [*TRAINING, node(8, 1, role="encoder")], ("cuda", 2, 1.0, 1.0)),
+        (of(TRAIN, APART | {"min_actors": 3}), [*TRAINING, node(8, 2, role="encoder")], ("cuda", 2, 1.0, 0.125)),
+        (of(TRAIN, APART), [node(4, 0, True), node(8, 1, role="encoder")], ("cpu", 2, None, 0.0)),
+        (of(TRAIN), [*TRAINING, node(8, 1)], ("cuda", 2, 1.0, 1.0)),
+        (of(pool=APART), [*TRAINING, node(8, role="encoder")], ("cuda", 2, 1.0, 0.0)),
+        # workers may be put on any GPU that they may use
+        (of({"workers": 2}, APART), [*TRAINING, node(8, 1, role="encoder")], ("cuda", 2, 0.75, 0.25)),
+        (of({"workers": 1}, APART), [*TRAINING, node(8, 2, role="encoder")], ("cuda", 1, 1.0, 1.0)),
+    ],
+)
+def test_gpus_count_only_where_who_gets_them_may_run(settings, nodes, expected, monkeypatch):
+    made = fitted(settings, nodes, monkeypatch)
+    assert (made.training.device, made.training.workers, made.training.gpus_per_worker, made.knowledge.pool.gpus) == expected
+
+
+def fitted(settings: Settings, nodes: list[dict], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings fitted to a cluster of such nodes."""
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {kind: sum(one["Resources"][kind] for one in nodes) for kind in ("CPU", "GPU")}
+    )
+    return cluster.fitted(settings)
+
+
+CPUS = {"device": "cpu", "cpus_per_worker": 2.0}
+BESIDE = {"evaluation": "beside", "evaluation_cpus": 2.0}
+THREE = {"workers": 3, "gpus_per_worker": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "told"),
+    [
+        (of({**CPUS, "workers": 3}, enabled=False), [node(3)] * 2, r"3 workers x \(2 CPU .*: 2 x \(3 CPU"),
+        (
+            of(THREE | TRAIN, APART | {"gpus": 0.25}),
+            [*TRAINING, node(8, 1, role="encoder")],
+            r"3 workers x .*0\.75 GPU.*: 2 x \(4 CPU \+ 1 GPU, not for the pool\); 1 x \(8 CPU \+ 1 GPU, not for workers\)",
+        ),
+        (of({**THREE, "workers": 5}, {"gpus": 0.25}), [node(64, 4)], r"5 workers x .*1 x \(64 CPU \+ 4 GPU\)"),
+        (of({**CPUS, "workers": 2}, {"cpus": 2.0, "min_actors": 2}), [node(5), node(3)], r"2 encoder actors x \(2 CPU"),
+        (of({**CPUS, **BESIDE, "workers": 2}, enabled=False), [node(3)] * 2, "and 2 CPU for evaluation beside training, each"),
+        (of({**CPUS, "workers": 9, "min_workers": 2}, enabled=False), [node(3), node(1)], r"2 workers x \(2 CPU"),
+    ],
+)
+def test_a_run_whose_parts_find_no_places_is_refused_though_its_sum_fits(settings, nodes, told, monkeypatch):
+    with pytest.raises(SettingsError, match=told):
+        fitted(settings, nodes, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes"),
+    [
+        (of({**CPUS, "workers": 2}, {"cpus": 1.5, "min_actors": 2}), [node(3), node(4)]),  # not as they first fit
+        (of({**CPUS, "workers": 2}, APART | {"cpus": 1.0, "min_actors": 2}), [node(4, role="encoder"), node(2)]),
+        (of({"workers": 4, "gpus_per_worker": 0.75}, {"gpus": 0.25, "min_actors": 4}), [node(64, 4)]),
+        (of({"workers": 2, "gpus_per_worker": 0.4}, {"gpus": 0.6, "min_actors": 2}), [node(64, 2)]),
+        (of({"workers": 4, "gpus_per_worker": 0.5}, {"gpus": 1.0}), [node(64, 3)]),
+        (of({"workers": 1, "gpus_per_worker": 1.0}, {"gpus": 2.0}), [node(64, 3)]),
+        (of({**CPUS, "workers": 31, "cpus_per_worker": 3.85}, {"cpus": 2.55, "min_actors": 3}), [node(127)]),
+    ],
+)
+def test_a_run_whose_parts_fit_on_the_nodes_in_some_way_is_not_refused(settings, nodes, monkeypatch):
+    fitted(settings, nodes, monkeypatch)
+
+
+@given(
+    nodes=st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.booleans()), min_size=1, max_size=3),
+    shares=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+    counts=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+)
+def test_places_are_found_where_there_are_any(nodes, shares, counts):
+    (worker, actor, evaluation), (workers, actors) = shares, counts
+    training = {"workers": workers, "cpus_per_worker": float(worker), "node_resource": "train", "evaluation": "beside"}
+    settings = of({**training, "evaluation_cpus": float(evaluation)}, APART | {"cpus": float(actor), "min_actors": actors})
+    there = [node(cpus, 0, train, **({"role": "encoder"} if encode else {})) for cpus, train, encode in nodes]
+    parts = [(worker, 1)] * workers + [(actor, 2)] * actors + [(evaluation, None)]
+    fits = any(
+        all(may is None or nodes[at][may] for (_, may), at in zip(parts, places, strict=True))
+        and all(
+            sum(share for (share, _), at in zip(parts, places, strict=True) if at == one) <= nodes[one][0]
+            for one in range(len(nodes))
+        )
+        for places in product(range(len(nodes)), repeat=len(parts))
+    )
+    assert cluster._fits(settings, there) == fits
+
+
 def test_what_the_settings_say_is_kept():
     asked = of({"workers": 5, "gpus_per_worker": 0.3, "device": "cuda"}, {"gpus": 0.1, "min_actors": 4}, rho=0.3)
-    assert cluster.share(asked, 8.0) == asked
+    assert cluster.share(asked, [node(64, 8)]) == asked
 
 
 def test_the_sum_of_training_and_pool_is_refused_with_its_parts():
-    made = cluster.share(of({"workers": 6, "cpus_per_worker": 2.0}, {"min_actors": 3, "cpus": 1.5}), 0)
+    made = cluster.share(of({"workers": 6, "cpus_per_worker": 2.0}, {"min_actors": 3, "cpus": 1.5}), [])
     cluster._check_sum(made, 16.5, 0)
     with pytest.raises(SettingsError) as refusal:
         cluster._check_sum(made, 16.0, 0)
@@ -67,7 +171,9 @@ def test_the_sum_of_training_and_pool_is_refused_with_its_parts():
 
 
 def test_gpus_are_summed_like_cpus():
-    made = cluster.share(of({"workers": 2, "gpus_per_worker": 1.0, "device": "cuda"}, {"gpus": 0.5, "min_actors": 2}), 3)
+    made = cluster.share(
+        of({"workers": 2, "gpus_per_worker": 1.0, "device": "cuda"}, {"gpus": 0.5, "min_actors": 2}), [node(0, 3)]
+    )
     cluster._check_sum(made, 100, 3)
     with pytest.raises(SettingsError, match="2 GPU"):
         cluster._check_sum(made, 100, 2)
@@ -75,18 +181,18 @@ def test_gpus_are_summed_like_cpus():
 
 def test_evaluation_beside_training_is_counted_where_there_will_be_any():
     training = {"workers": 2, "cpus_per_worker": 1.0, "evaluation": "beside", "evaluation_cpus": 0.75}
-    made = cluster.share(of(training), 0)
+    made = cluster.share(of(training), [])
     cluster._check_sum(made, 3.25, 0)
     with pytest.raises(SettingsError, match=r"3\.25 CPU .* 0\.75 CPU for evaluation beside training"):
         cluster._check_sum(made, 3.0, 0)
     with pytest.raises(SettingsError, match=r"^training\.evaluation_cpus: 3 CPU .* has 2"):
         cluster._check_nodes(of(training | {"evaluation_cpus": 3.0}), [{"Resources": {"CPU": 2.0}}])
     for never in ({"evaluation": "workers"}, {"evaluate_every": 0}, {"evaluate_every": 15}):
-        cluster._check_sum(cluster.share(of(training | never), 0), 2.5, 0)
+        cluster._check_sum(cluster.share(of(training | never), []), 2.5, 0)
 
 
 def test_an_elastic_run_fits_by_its_least_number_of_workers():
-    made = cluster.share(of({"workers": 8, "min_workers": 2, "cpus_per_worker": 1.0}, {"cpus": 0.5}), 0)
+    made = cluster.share(of({"workers": 8, "min_workers": 2, "cpus_per_worker": 1.0}, {"cpus": 0.5}), [])
     cluster._check_sum(made, 2.5, 0)
     with pytest.raises(SettingsError, match="2 workers x 1 CPU"):
         cluster._check_sum(made, 2.0, 0)
@@ -94,13 +200,13 @@ def test_an_elastic_run_fits_by_its_least_number_of_workers():
 
 def test_without_the_method_no_pool_is_counted():
     pool = {"min_actors": 50, "cpus": 9.0, "node_labels": {"zone": "a"}}
-    plain = cluster.share(of({"workers": 2, "cpus_per_worker": 2.0}, pool, enabled=False), 0)
+    plain = cluster.share(of({"workers": 2, "cpus_per_worker": 2.0}, pool, enabled=False), [])
     cluster._check_sum(plain, 4, 0)
     cluster._check_nodes(plain, [{"Resources": {"CPU": 4.0}}])
 
 
 def test_shares_that_add_up_to_the_cluster_are_not_refused_for_a_rounding_error():
-    made = cluster.share(of({"workers": 31, "cpus_per_worker": 3.85}, {"min_actors": 3, "cpus": 2.55}), 0)
+    made = cluster.share(of({"workers": 31, "cpus_per_worker": 3.85}, {"min_actors": 3, "cpus": 2.55}), [])
     assert 31 * 3.85 + 3 * 2.55 > 127
     cluster._check_sum(made, 127, 0)
 
@@ -112,6 +218,10 @@ def test_what_one_worker_or_actor_reserves_must_fit_on_one_node():
         cluster._check_nodes(of({"cpus_per_worker": 5.0}), nodes)
     with pytest.raises(SettingsError, match=r"^knowledge\.pool\.cpus: 4\.5 CPU .* has 4"):
         cluster._check_nodes(of(pool={"cpus": 4.5}), nodes)
+    with pytest.raises(SettingsError, match=r"^knowledge\.pool\.gpus: 0\.5 GPU .* has 0"):
+        cluster._check_nodes(of(pool={"gpus": 0.5}), nodes)
+    with pytest.raises(SettingsError, match=r"^training\.gpus_per_worker: 0\.5 GPU .* has 0"):
+        cluster._check_nodes(of({"gpus_per_worker": 0.5, "node_resource": "train"}), [node(4, 0, True), node(4, 2)])
 
 
 ELASTIC = {"workers": 4, "min_workers": 1, "cpus_per_worker": 2.0, "device": "cpu"}
@@ -129,7 +239,7 @@ ELASTIC = {"workers": 4, "min_workers": 1, "cpus_per_worker": 2.0, "device": "cp
     ],
 )
 def test_an_elastic_run_may_not_grow_into_the_room_of_the_pool(cpus, pool, room):
-    made = cluster.share(of(ELASTIC, {"cpus": 0.5} | pool), 0)
+    made = cluster.share(of(ELASTIC, {"cpus": 0.5} | pool), [])
     nodes = [{"Resources": {"CPU": of_node}} for of_node in cpus]
     if room >= made.knowledge.pool.min_actors:
         cluster._check_nodes(made, nodes)
@@ -142,7 +252,7 @@ def test_an_elastic_run_may_not_grow_into_the_room_of_the_pool(cpus, pool, room)
 def test_a_resource_keeps_training_off_the_nodes_of_the_pool():
     training, encoding = {"Resources": {"CPU": 4.0, "train": 1.0}}, {"Resources": {"CPU": 8.0}, "Labels": {"role": "encoder"}}
     pool = {"cpus": 4.0, "min_actors": 2, "node_labels": {"role": "encoder"}}
-    made = cluster.share(of(ELASTIC | {"node_resource": "train"}, pool), 0)
+    made = cluster.share(of(ELASTIC | {"node_resource": "train"}, pool), [])
     cluster._check_nodes(made, [training, encoding])
     with pytest.raises(SettingsError, match=r"^training\.node_resource: no live node .* offers 'train'"):
         cluster._check_nodes(made, [encoding])
