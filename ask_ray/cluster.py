@@ -160,9 +160,9 @@ def several_nodes() -> bool:
     return len(_alive()) > 1
 
 
-def memories() -> list[float]:
-    """Bytes of memory of each live node, as Ray counts it."""
-    return [node["Resources"].get("memory", 0.0) for node in _alive()]
+def memories(settings: Settings) -> list[float]:
+    """Bytes of memory of each live node that workers may run on, as Ray counts it."""
+    return [node["Resources"].get("memory", 0.0) for node in _alive() if _trains(settings, node)]
 
 
 def share(settings: Settings, nodes: list[dict[str, Any]]) -> Settings:

@@ -92,7 +92,7 @@ def run(
     trainer.check(settings, corpus)
     _tell_untested(console, settings, corpus)
     takes = forecast(settings, corpus, *towers)
-    check_memory(takes, trainer.workers_of(settings), cluster.memories())
+    check_memory(takes, trainer.workers_of(settings), cluster.memories(settings))
     if settings.run.dry_run:
         return {"name": place.name, **tell_forecast(console, settings, takes)}
     with lease.held(place.folder, "run.name"):

@@ -154,6 +154,15 @@ def test_places_are_found_where_there_are_any(nodes, shares, counts):
     assert cluster._fits(settings, there) == fits
 
 
+def test_memory_counts_where_workers_may_run(monkeypatch):
+    nodes = [node(4, train=True), node(4)]
+    for one, memory in zip(nodes, (8.0, 64.0), strict=True):
+        one["Resources"]["memory"] = memory
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster.memories(of({"node_resource": "train"})) == [8.0]
+    assert cluster.memories(of()) == [8.0, 64.0]
+
+
 def test_what_the_settings_say_is_kept():
     asked = of({"workers": 5, "gpus_per_worker": 0.3, "device": "cuda"}, {"gpus": 0.1, "min_actors": 4}, rho=0.3)
     assert cluster.share(asked, [node(64, 8)]) == asked

@@ -66,7 +66,7 @@ def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:
     """Refuse a run whose data cannot be held.
 
     Args:
-        nodes: bytes of memory of each node, as Ray counts it.
+        nodes: bytes of memory of each node that workers may run on, as Ray counts it.
 
     Raises:
         SettingsError: with the sum.
@@ -76,7 +76,7 @@ def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:
         raise SettingsError(
             f"training.workers: each of {workers} workers keeps {made.worker_bytes / 2**30:.1f} GiB ({made.parameters:,} "
             f"parameters with optimiser, cached clips, {made.token_bytes / 2**30:.1f} GiB of tokens), their nodes "
-            f"{made.node_bytes / 2**30:.1f} GiB of {made.entries:,} knowledge entries; the cluster holds "
-            f"{sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower training.workers, model.dim, data.cache_mib or the "
-            "knowledge sources, or add nodes"
+            f"{made.node_bytes / 2**30:.1f} GiB of {made.entries:,} knowledge entries; the nodes that train "
+            f"hold {sum(nodes) / 2**30:.1f} GiB, room for {room} workers: lower training.workers, model.dim, data.cache_mib or "
+            "the knowledge sources, or add nodes"
         )

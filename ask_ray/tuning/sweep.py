@@ -118,7 +118,7 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     corpus = experiment.prepared(settings, console)
     at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus, search.wanted_at_once(of)))
     takes = forecast(settings, corpus, *towers)
-    check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories())
+    check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories(settings))
     if begun is not None and at_once < begun:
         raise SettingsError(
             f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {at_once}: continue it where "
