@@ -383,7 +383,10 @@ class PoolSettings(Section):
     max_actors: Count = Field(1, description="encoder actors at most")
     cpus: Positive = Field(0.5, description="CPUs reserved by an encoder actor")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs reserved by an encoder actor. Unset: one that training leaves over, else a quarter of one"
+        None,
+        ge=0,
+        description="GPUs reserved by an encoder actor. Unset: one that training leaves over, else a part of one; none on nodes "
+        "without",
     )
     batch_size: Count = Field(64, description="clips encoded at once")
     node_labels: dict[str, str] = Field({}, description="encode only on nodes with these labels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.requests import AWAY
-from ask_ray.knowledge.sources import Extent, check_sources, entries_of, sources_of
+from ask_ray.knowledge.sources import Extent, Source, check_sources, entries_of, sources_of
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training.beside import validation_of
@@ -45,6 +46,9 @@ OUT_OF_MEMORY = "running low on memory"
 
 #: How long a run that is over waits for the removal of old versions.
 TIDYING_SECONDS = 30.0
+
+#: The most neighbours that FAISS finds, and inverted lists that it searches, for a query on a GPU.
+GPU_SEARCH = 2048
 
 
 class TrainingFailed(UserError, RuntimeError):
@@ -135,7 +139,10 @@ def check(settings: Settings, corpus: Corpus) -> None:
     if settings.ask.enabled:
         sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
         extent = check_sources(sources, corpus)
-        _check_neighbours(settings, extent, entries_of(settings.knowledge, corpus.folder.uri))
+        entries = entries_of(settings.knowledge, corpus.folder.uri)
+        _check_neighbours(settings, extent, entries)
+        if _searches_on_gpu(settings):
+            _check_gpu_search(settings, _fullest(settings, sources, extent), entries)
 
 
 def _check_batches(settings: Settings, corpus: Corpus) -> None:
@@ -160,6 +167,40 @@ def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:
         )
     if ask.coarse and ask.prototypes > entries:
         raise SettingsError(f"ask.prototypes is {ask.prototypes}, but the knowledge base has {entries} entries: lower it")
+
+
+def _searches_on_gpu(settings: Settings) -> bool:
+    """Whether workers search the entries on their GPU: an index that is corrected between refreshes stays on the CPU."""
+    corrections = settings.knowledge.corrections
+    return settings.ask.fine and settings.training.device == "cuda" and not (corrections.write_back or corrections.drift_map)
+
+
+def _fullest(settings: Settings, sources: Sequence[Source], extent: Extent) -> int:
+    """The most entries that one clip has: where sources share clips, at most those of all together."""
+    opened = [(Corpus.open(source.corpus), source.split) for source in sources]
+    most = [one.entries(split, settings.knowledge.captions_per_clip) // one.clips(split) for one, split in opened]
+    return sum(most) if extent.clips < sum(one.clips(split) for one, split in opened) else max(most)
+
+
+def _check_gpu_search(settings: Settings, fullest: int, entries: int) -> None:
+    """What :func:`ask_ray.knowledge.index.retrieve` asks for against what FAISS does on a GPU: workers would fail at their first
+    search."""
+    ask, knowledge = settings.ask, settings.knowledge
+    excluded = {"none": 0, "self": 1, "batch": workers_of(settings) * settings.training.batch_size}[ask.exclude]
+    asked = min(ask.neighbours + excluded * fullest, entries)
+    if asked > GPU_SEARCH:
+        smaller = ", training.batch_size" if ask.exclude == "batch" else ""
+        other = ", or set ask.exclude to self" if ask.exclude == "batch" else ""
+        raise SettingsError(
+            f"ask.neighbours: {ask.neighbours} are asked for beside {excluded} excluded clips (ask.exclude={ask.exclude}) of up "
+            f"to {fullest} entries, {asked} in all, and on a GPU FAISS finds {GPU_SEARCH} at most: lower "
+            f"ask.neighbours{smaller} or knowledge.captions_per_clip{other}"
+        )
+    if knowledge.probes > GPU_SEARCH and entries >= knowledge.exact_below:
+        raise SettingsError(
+            f"knowledge.probes: {knowledge.probes} inverted lists are asked for, and on a GPU FAISS searches {GPU_SEARCH} at "
+            "most: lower knowledge.probes"
+        )
 
 
 def start_refiner(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal) -> ActorHandle:

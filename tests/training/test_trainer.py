@@ -1,10 +1,15 @@
 """What is refused before training: K and Nc against what all sources of the knowledge base hold together."""
 
+from pathlib import Path
+
 import pytest
 
 from ask_ray.config import Settings, SettingsError, load
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
+from ask_ray.data.schema import FORMAT, SPLITS
+from ask_ray.knowledge.sources import Extent, Source
+from ask_ray.storage import Folder
 from ask_ray.training import trainer
 
 CLIPS = 150  # of the small corpus
@@ -63,3 +68,68 @@ def test_a_source_that_cannot_be_used_is_refused_only_where_it_is_read(small_cor
     with pytest.raises(SettingsError, match=rf"^knowledge\.sources: {tmp_path}"):
         trainer.check(settings_of(["train", str(tmp_path)]), small_corpus)
     trainer.check(settings_of(["train", str(tmp_path)], enabled=False), small_corpus)
+
+
+def corpus_of(home: Path, clips: int, captions: int, test: int = 0) -> Corpus:
+    """A corpus of which there is no more than what its manifest tells: clips to train on and test clips."""
+    splits = {
+        split: {"clips": count, "most_captions": captions, "files": [{"name": "clips", "clips": count}]}
+        for split, count in zip(SPLITS, (clips, 0, test), strict=True)
+    }
+    folder = Folder.at(str(home))
+    folder.write_json("manifest.json", {"format": FORMAT, "splits": splits})
+    return Corpus.open(folder.uri)
+
+
+GPU = {"workers": 2, "batch_size": 100, "device": "cuda"}
+
+
+def searched(training: dict | None = None, knowledge: dict | None = None, **ask: object) -> Settings:
+    """Settings of a run on GPUs that excludes the clips of its batches of 200, with five entries of each."""
+    knowledge = {"captions_per_clip": 5, **(knowledge or {})}
+    return load({"training": {**GPU, **(training or {})}, "knowledge": knowledge, "ask": {"exclude": "batch", **ask}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            searched(neighbours=1049),
+            r"2049 in all.*: lower ask\.neighbours, training\.batch_size or .* set ask\.exclude to self$",
+        ),
+        (searched(neighbours=2049, exclude="none"), r"2049 in all.*: lower ask\.neighbours or knowledge\.captions_per_clip$"),
+        (searched(neighbours=2044, exclude="self"), r"1 excluded clips \(ask\.exclude=self\) of up to 5 entries, 2049 in all"),
+        (searched(knowledge={"captions_per_clip": 9}, neighbours=849), r"2049 in all"),  # no clip has more than six captions
+        (searched(knowledge={"probes": 2049, "exact_below": 20_000}), r"^knowledge\.probes: 2049 .*: lower knowledge\.probes$"),
+    ],
+)
+def test_more_than_a_gpu_finds_or_searches_is_refused(tmp_path, settings, named):
+    with pytest.raises(SettingsError, match=named):
+        trainer.check(settings, corpus_of(tmp_path, 4000, 6))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        searched(neighbours=1048),
+        searched(neighbours=2048, exclude="none"),
+        searched({"device": "cpu"}, neighbours=3000),
+        searched(neighbours=3000, fine=False, negatives="none"),
+        searched(knowledge={"corrections": {"write_back": True}}, neighbours=3000),  # such an index stays on the CPU
+        searched(knowledge={"probes": 2048, "exact_below": 20_000}),
+        searched(knowledge={"probes": 2049, "exact_below": 20_001}),
+    ],
+)
+def test_what_a_gpu_can_search_or_does_not_is_not_refused(tmp_path, settings):
+    trainer.check(settings, corpus_of(tmp_path, 4000, 6))
+
+
+def test_a_knowledge_base_that_a_gpu_finds_all_of_is_not_refused(tmp_path):
+    trainer.check(searched(neighbours=50), corpus_of(tmp_path, 400, 6))  # 2000 entries
+
+
+def test_entries_of_a_clip_are_summed_over_sources_that_share_clips(tmp_path):
+    corpora = [corpus_of(tmp_path / name, clips, captions) for name, clips, captions in (("a", 40, 3), ("b", 60, 9))]
+    sources = [Source(name, corpus.folder.uri, "train") for name, corpus in zip("ab", corpora, strict=True)]
+    assert trainer._fullest(searched(), sources, Extent(100, 40)) == 5
+    assert trainer._fullest(searched(), sources, Extent(99, 40)) == 3 + 5
