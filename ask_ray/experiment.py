@@ -93,6 +93,7 @@ def run(
     _tell_untested(console, settings, corpus)
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, trainer.workers_of(settings), cluster.memories(settings))
+    _tell_unrefreshed(console, settings, takes.steps_per_epoch)
     if settings.run.dry_run:
         return {"name": place.name, **tell_forecast(console, settings, takes)}
     with lease.held(place.folder, "run.name"):
@@ -336,6 +337,19 @@ def _tell_untested(console: Console, settings: Settings, corpus: Corpus) -> None
         "run on another corpus",
         soft_wrap=True,
     )
+
+
+def _tell_unrefreshed(console: Console, settings: Settings, steps_per_epoch: int) -> None:
+    """Say, before training, that T is so long that no refresh falls within it."""
+    refresh, epochs = settings.knowledge.refresh, settings.training.epochs
+    interval = refresh.interval if refresh.unit == "epochs" else refresh.interval / steps_per_epoch
+    if settings.ask.enabled and refresh.policy == "fixed" and refresh.warmup_epochs + interval >= epochs:
+        console.print(
+            f"[yellow]No refresh[/]: knowledge.refresh.interval ({refresh.interval:g} {refresh.unit}) after warmup_epochs "
+            f"({refresh.warmup_epochs:g}) is past the end of training (training.epochs {epochs}), and the knowledge base stays as "
+            "it is first built",
+            soft_wrap=True,
+        )
 
 
 def tell_forecast(console: Console, settings: Settings, takes: Forecast) -> dict[str, Any]:

@@ -640,6 +640,23 @@ def test_a_dry_run_tells_what_the_run_takes_and_makes_nothing(ray_session: None,
     assert not (home / "runs" / "dry").exists()
 
 
+@pytest.mark.parametrize(
+    ("refresh", "told"),
+    [
+        ({"interval": 2.5, "warmup_epochs": 1}, True),
+        ({"interval": 14, "unit": "steps", "warmup_epochs": 1}, True),
+        ({"interval": 13, "unit": "steps", "warmup_epochs": 1}, False),
+        ({"interval": 1.5, "warmup_epochs": 1}, False),
+        ({"policy": "static", "warmup_epochs": 1}, False),
+    ],
+)
+def test_an_interval_that_outlasts_training_is_told(refresh: dict, told: bool) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    settings = load({"training": {"epochs": 3}, "knowledge": {"refresh": refresh}})
+    experiment._tell_unrefreshed(console, settings, steps_per_epoch=7)
+    assert ("No refresh" in console.file.getvalue()) == told
+
+
 def test_storage_that_cannot_be_written_is_refused(ray_session: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     settings = settings_of(tmp_path, run={"storage": str(tmp_path / "file" / "runs")})
