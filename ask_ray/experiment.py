@@ -346,8 +346,8 @@ def _tell_unrefreshed(console: Console, settings: Settings, steps_per_epoch: int
     if settings.ask.enabled and refresh.policy == "fixed" and refresh.warmup_epochs + interval >= epochs:
         console.print(
             f"[yellow]No refresh[/]: knowledge.refresh.interval ({refresh.interval:g} {refresh.unit}) after warmup_epochs "
-            f"({refresh.warmup_epochs:g}) is past the end of training (training.epochs {epochs}), and the knowledge base stays as "
-            "it is first built",
+            f"({refresh.warmup_epochs:g}) is past the end of training (training.epochs {epochs}), and the knowledge base stays "
+            "as it is first built",
             soft_wrap=True,
         )
 
