@@ -5,11 +5,13 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import hypothesis
 import numpy as np
@@ -26,6 +28,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the Hugging Face hub, but for
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nothing is asked for credentials but what a test sets
 
 
+def s3_uri(port: int, path: str, key: str = "a-key", secret: str = "a-s3cr3t") -> str:
+    """`bucket/path` on a port of this machine as a URI that every process can open, whatever its environment."""
+    return f"s3://{key}:{secret}@{path}?endpoint_override=127.0.0.1:{port}&scheme=http"
+
+
 @dataclass
 class S3:
     """An S3 server of its own on a free port of this machine, with an empty bucket named `bucket`."""
@@ -40,26 +47,37 @@ class S3:
         """A server that answers."""
         import boto3
 
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        made = cls(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL), port)
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
+        # The server takes a port that is free and tells which: nobody else can have taken it in between.
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        with tempfile.TemporaryFile("w+") as said:  # a pipe would have to be emptied for as long as the server lives
+            process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=said, stderr=subprocess.STDOUT)
             try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        boto3.client(
-            "s3",
-            endpoint_url=made.endpoint,
-            aws_access_key_id=made.key,
-            aws_secret_access_key=made.secret,
-            region_name="us-east-1",
-        ).create_bucket(Bucket="bucket")
+                made = cls(process, cls._told(process, said))
+                boto3.client(
+                    "s3",
+                    endpoint_url=made.endpoint,
+                    aws_access_key_id=made.key,
+                    aws_secret_access_key=made.secret,
+                    region_name="us-east-1",
+                ).create_bucket(Bucket="bucket")
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
         return made
+
+    @staticmethod
+    def _told(process: subprocess.Popen, said: IO[str]) -> int:
+        """The port that a server says it listens on, in its output."""
+        end, told = time.monotonic() + 60, ""
+        while process.poll() is None and time.monotonic() < end:
+            # Not seek and read: the position in the file is the server's too.
+            told = os.pread(said.fileno(), 1 << 20, 0).decode(errors="replace")
+            if found := re.search(r"Running on http://127\.0\.0\.1:(\d+)\s", told):
+                return int(found[1])
+            time.sleep(0.05)
+        told = os.pread(said.fileno(), 1 << 20, 0).decode(errors="replace")
+        raise RuntimeError(f"the S3 server does not run (exit status {process.poll()}); it said:\n{told}")
 
     @property
     def endpoint(self) -> str:
@@ -67,7 +85,7 @@ class S3:
 
     def uri(self, path: str, secret: str | None = None) -> str:
         """`bucket/path` as a URI that every process can open, whatever its environment."""
-        return f"s3://{self.key}:{secret or self.secret}@{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        return s3_uri(self.port, path, self.key, secret or self.secret)
 
     def stop(self) -> None:
         self.process.kill()
@@ -78,6 +96,14 @@ class S3:
 def s3() -> Iterator[S3]:
     """The object storage that tests share: each takes a folder of its own."""
     server = S3.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def strict_s3() -> Iterator[S3]:
+    """Object storage that looks at credentials, and refuses all but its own."""
+    server = S3.start(INITIAL_NO_AUTH_ACTION_COUNT="1")  # the one is the making of the bucket
     yield server
     server.stop()
 
@@ -94,6 +120,15 @@ def start_s3() -> Iterator[Callable[..., S3]]:
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture
+def no_s3() -> Iterator[Callable[[str], str]]:
+    """A function that gives `bucket/path` as a URI on object storage where nobody listens."""
+    with socket.socket() as held:  # bound, so that nobody takes the port meanwhile, but not listening: connecting is refused
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        yield lambda path: s3_uri(port, path)
 
 
 def tone(seconds: float, rate: int, hz: float = 440.0, channels: int = 1, level: float = 0.3) -> np.ndarray:

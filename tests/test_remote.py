@@ -200,27 +200,27 @@ def test_a_checkpoint_is_saved_though_storage_was_away_and_the_run_goes_on_meanw
         assert checkpoint.place_of(folder).step == 180
 
 
-def test_a_checkpoint_is_fetched_when_storage_is_back(start_s3):
-    server = start_s3()
-    saved = Folder.at(server.uri("bucket/runs/one/checkpoint_a"))
+def test_a_checkpoint_is_fetched_when_storage_is_back(s3, tmp_path):
+    saved = Folder.at(s3.uri(f"bucket/{tmp_path.name}/checkpoint_a"))
     saved.write("state.json", b"{}")
     heard: list[StorageError] = []
 
     def tell(error: StorageError) -> None:
         heard.append(error)
-        server.process.send_signal(signal.SIGCONT)
+        s3.process.send_signal(signal.SIGCONT)
 
-    server.process.send_signal(signal.SIGSTOP)
-    with checkpoint.fetched(saved, tell) as folder:
-        assert (folder / "state.json").read_bytes() == b"{}"
+    s3.process.send_signal(signal.SIGSTOP)
+    try:
+        with checkpoint.fetched(saved, tell) as folder:
+            assert (folder / "state.json").read_bytes() == b"{}"
+    finally:  # other tests use it too
+        s3.process.send_signal(signal.SIGCONT)
     assert heard
     assert not folder.exists()
 
 
-def test_storage_that_stays_away_is_an_error_in_the_end(start_s3, monkeypatch):
-    server = start_s3()
-    saved = Folder.at(server.uri("bucket/runs/one/checkpoint_a"))
-    server.stop()
+def test_storage_that_stays_away_is_an_error_in_the_end(no_s3, monkeypatch):
+    saved = Folder.at(no_s3("bucket/runs/one/checkpoint_a"))
     monkeypatch.setattr(storage, "PATIENCE", 0.6)
     heard: list[StorageError] = []
     with pytest.raises(StorageError, match="checkpoint_a"), checkpoint.fetched(saved, heard.append):
@@ -231,16 +231,13 @@ def test_storage_that_stays_away_is_an_error_in_the_end(start_s3, monkeypatch):
 @pytest.mark.parametrize("setting", ["run.storage", "data.prepared"])
 @pytest.mark.parametrize("problem", ["nobody listens", "no such bucket", "wrong credentials"])
 def test_a_place_that_cannot_work_is_refused_before_training(
-    ray_session, s3, start_s3: Callable, tmp_path: Path, setting: str, problem: str
+    ray_session, s3, strict_s3, no_s3: Callable[[str], str], tmp_path: Path, setting: str, problem: str
 ) -> None:
-    if problem == "nobody listens":
-        server = start_s3()
-        server.stop()
-        place = server.uri("bucket/x")
-    elif problem == "no such bucket":
-        place = s3.uri("no-bucket/x")
-    else:
-        place = start_s3(INITIAL_NO_AUTH_ACTION_COUNT="1").uri("bucket/x", secret="not-this-one")
+    place = {
+        "nobody listens": no_s3("bucket/x"),
+        "no such bucket": s3.uri("no-bucket/x"),
+        "wrong credentials": strict_s3.uri("bucket/x", secret="not-this-one"),
+    }[problem]
     places = {"run.storage": str(tmp_path / "runs"), "data.prepared": str(tmp_path / "prepared"), setting: place}
     settings = settings_of(places["run.storage"], places["data.prepared"], tmp_path)
     started = time.monotonic()

@@ -52,12 +52,15 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     folder = Folder.at(str(tmp_path))
     contents = [bytes([n]) * (1 << 20) for n in range(2)]
     folder.write("a.bin", contents[0])
-    done = threading.Event()
+    done, written = threading.Event(), []
 
     def rewrite():
-        for n in range(60):
-            folder.write("a.bin", contents[n % 2])
-        done.set()
+        try:
+            for n in range(60):
+                folder.write("a.bin", contents[n % 2])
+                written.append(n)
+        finally:
+            done.set()  # also when a write fails: nobody would end the loop below
 
     writer = threading.Thread(target=rewrite)
     writer.start()
@@ -66,6 +69,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
         assert folder.read("a.bin") in contents
         reads += 1
     writer.join()
+    assert len(written) == 60, "a write failed"
     assert folder.names() == ["a.bin"]
 
 
@@ -306,8 +310,8 @@ def test_a_bucket_that_does_not_exist_is_refused(s3):
         Folder.at(s3.uri("no-bucket/x")).check_writable("run.storage")
 
 
-def test_wrong_credentials_are_refused(start_s3):
-    folder = Folder.at(start_s3(INITIAL_NO_AUTH_ACTION_COUNT="1").uri("bucket/x", secret="not-this-one"))
+def test_wrong_credentials_are_refused(strict_s3):
+    folder = Folder.at(strict_s3.uri("bucket/x", secret="not-this-one"))
     for check in (folder.check_writable, folder.check_readable):
         with pytest.raises(StorageError, match=r"^data\.prepared: .*ACCESS_DENIED") as refusal:
             check("data.prepared")

@@ -103,18 +103,17 @@ def test_epochs_that_save_no_checkpoint_push_none_out(bench):
         wait_for(lambda: bench.versions() == [2, 4])
 
 
-def test_no_step_waits_for_storage(bench, start_s3):
-    server = start_s3()
-    run = Folder.at(server.uri("bucket/run"))
+def test_no_step_waits_for_storage(bench, s3, tmp_path):
+    run = Folder.at(s3.uri(f"bucket/{tmp_path.name}/run"))
     (run / "checkpoint_a").write_json("state.json", {"place": {"knowledge_version": 2}})
     pins = Pins(run, bench.refiner, bench.journal, kept=1)
-    server.process.send_signal(signal.SIGSTOP)
+    s3.process.send_signal(signal.SIGSTOP)
     try:
         started = time.monotonic()
         pins.renew(3)
         pins.renew(3)
         assert time.monotonic() - started < 1
     finally:
-        server.process.send_signal(signal.SIGCONT)
+        s3.process.send_signal(signal.SIGCONT)
     left = bench.renewed(pins, None)
     wait_for(lambda: left() == [2, 3, 4])
