@@ -1,5 +1,6 @@
 """The settings tree: bounds, cross-field checks, presets, precedence, round trips, and messages that name the field."""
 
+import functools
 from typing import get_args
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 from pydantic import BaseModel, ValidationError
 
 from ask_ray.config import (
@@ -262,8 +264,14 @@ def trees(draw: st.DrawFn) -> Settings:
         raise
 
 
+@functools.cache
+def one_parser() -> ArgumentParser:
+    """One parser for every command line: what one says must not reach the next (tested below), and making one takes long."""
+    return parser("a job")
+
+
 def read(*words: str) -> Settings:
-    return parse(parser("a job"), list(words))[0]
+    return parse(one_parser(), list(words))[0]
 
 
 def refused(capsys, *words: str) -> str:
@@ -376,6 +384,20 @@ def test_sources_are_a_list_on_the_command_line_and_in_yaml(tmp_path):
     assert read("--knowledge.sources+", "/other").knowledge.sources == ["train", "/other"]
     (tmp_path / "x.yaml").write_text("knowledge: {sources: [/other]}")
     assert read("--config", str(tmp_path / "x.yaml")).knowledge.sources == ["/other"]
+
+
+def test_what_a_command_line_says_does_not_reach_the_next(capsys, tmp_path):
+    """A parser keeps nothing: neither what is appended or merged, nor what was refused half-way."""
+    (tmp_path / "x.yaml").write_text("{knowledge: {sources: [/other], pool: {node_labels: {zone: a}}}, ask: {rho: 0.3}}")
+    config = f"--config={tmp_path / 'x.yaml'}"
+    assert read("--knowledge.sources+", "/other", "--data.held_out+", "/kept").knowledge.sources == ["train", "/other"]
+    assert read("--knowledge.sources+", "/third").knowledge.sources == ["train", "/third"]
+    assert read(config, "--knowledge.sources+", "/third").knowledge.sources == ["/other", "/third"]
+    assert read(config, "--knowledge.pool.node_labels", "{kind: x}").ask.rho == 0.3
+    refused(capsys, config, "--ask.rho", "2", "--training.workers", "3")
+    with pytest.raises(SystemExit):
+        read(config, "--print_config")
+    assert read() == Settings() == parse(parser("a job"), [])[0]
 
 
 def test_an_empty_document_means_the_defaults():
