@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @given(sides=st.lists(st.tuples(st.integers(8, 80), st.integers(8, 80)), min_size=1, max_size=5))
+@budget(max_examples=40)
 def test_a_pictures_vector_and_tokens_do_not_depend_on_its_batch(sides: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     tower = TinyImage(0.25, 0.1, 0.9).eval()
