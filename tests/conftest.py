@@ -1,7 +1,9 @@
 """What tests share: one Ray session, small recordings on disk, a prepared corpus, object storage on this machine."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import IO
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -129,6 +132,69 @@ def no_s3() -> Iterator[Callable[[str], str]]:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
         yield lambda path: s3_uri(port, path)
+
+
+@dataclass
+class Job:
+    """A job of this project, in a session with all that it starts. What it says is kept, to be shown where it goes wrong."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def kill_when(self, reached: Callable[[], object], seconds: float) -> None:
+        """Kill −9 the job and all that it started as soon as something is reached, and wait until nothing of it is left.
+
+        Raises:
+            AssertionError: if the job ends by itself before, or takes longer than so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while not reached():
+            status = self.process.poll()
+            assert status is None, f"the job ended by itself, with status {status}; it said:\n{self.output.read_text()}"
+            assert time.monotonic() < end, f"waited in vain for {seconds:g} s; the job said:\n{self.output.read_text()}"
+            time.sleep(0.02)
+        self.kill()
+
+    def kill(self, seconds: float = 60.0) -> None:
+        """Kill −9 it and all that it started, and wait until none of that could still write to its folder."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        while left := self._left():  # Ray's processes are of groups of their own
+            assert time.monotonic() < end, f"not to be killed: {left}"
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.05)
+
+    def _left(self) -> list[psutil.Process]:
+        """The processes of its session that live. Not those whose end nobody has asked for yet: they do nothing more."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def start_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """A function that starts a job by its name with the words of a command line, outside the tests' Ray session."""
+    started: list[Job] = []
+
+    def start(name: str, *words: str) -> Job:
+        output = tmp_path / f"job-{len(started)}.txt"
+        command = [sys.executable, str(Path(__file__).parents[1] / "jobs" / f"{name}.py"), *words]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        with output.open("w") as said:
+            process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        started.append(Job(process, output))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill()
 
 
 def tone(seconds: float, rate: int, hz: float = 440.0, channels: int = 1, level: float = 0.3) -> np.ndarray:

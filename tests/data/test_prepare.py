@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from corpus_trees import write_csv
 
+from ask_ray import experiment
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings, load
-from ask_ray.data.corpora import Shard
+from ask_ray.data.corpora import Shard, source_of
 from ask_ray.data.corpus import Corpus
-from ask_ray.data.prepare import PreparingFailed, _lists, prepare, write_shard
+from ask_ray.data.held_out import HeldOut
+from ask_ray.data.prepare import PreparingFailed, _fingerprint, _lists, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes
 
@@ -28,8 +29,6 @@ def walk_files(root: Path) -> list[Path]:
     """Every file below a folder, sorted."""
     return sorted(path for path in root.rglob("*") if path.is_file())
 
-
-JOBS = Path(__file__).parents[2] / "jobs"
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -184,9 +183,16 @@ def test_soundscapes_have_the_asked_sizes(soundscape_corpus):
     assert {len(row["waveform"]) for row in rows_below(home_of(soundscape_corpus) / "clips")} == {8000}
 
 
-def test_preparing_again_does_nothing(recordings, tmp_path, monkeypatch):
-    for data in (folder_data(recordings, tmp_path), soundscape_data(tmp_path)):
-        first = prepare(data)
+def copied(corpus: Corpus, place: Path) -> Path:
+    """A prepared corpus to damage, below another `data.prepared`: its folder. Where it is kept changes nothing."""
+    return shutil.copytree(home_of(corpus), place / corpus.folder.name)
+
+
+def test_preparing_again_does_nothing(recordings, folder_corpus, soundscape_corpus, monkeypatch):
+    for first, data in (
+        (folder_corpus, folder_data(recordings, home_of(folder_corpus).parent)),
+        (soundscape_corpus, soundscape_data(home_of(soundscape_corpus).parent)),
+    ):
         before, stamps = contents(home_of(first)), times(home_of(first))
         with monkeypatch.context() as patch:
             patch.setattr("ask_ray.data.prepare._run", lambda *_: pytest.fail("work was done again"))
@@ -195,9 +201,11 @@ def test_preparing_again_does_nothing(recordings, tmp_path, monkeypatch):
         assert (contents(home_of(again)), times(home_of(again))) == (before, stamps)
 
 
-def test_an_interrupted_run_is_completed_without_doing_finished_shards_again(recordings, tmp_path):
-    for data in (folder_data(recordings, tmp_path), soundscape_data(tmp_path)):
-        home = home_of(prepare(data))
+def test_an_interrupted_run_is_completed_without_doing_finished_shards_again(
+    recordings, folder_corpus, soundscape_corpus, tmp_path
+):
+    for corpus, data in ((folder_corpus, folder_data(recordings, tmp_path)), (soundscape_corpus, soundscape_data(tmp_path))):
+        home = copied(corpus, tmp_path)
         before, stamps = contents(home), times(home)
         lost = sorted((home / "clips").iterdir())[1]
         lost.unlink()
@@ -210,37 +218,41 @@ def test_an_interrupted_run_is_completed_without_doing_finished_shards_again(rec
         assert {name for name in before if after[name] != stamps[name]} == redone
 
 
-def test_a_shard_without_its_summary_is_done_again(tmp_path):
-    home = home_of(prepare(soundscape_data(tmp_path)))
+def test_a_shard_without_its_summary_is_done_again(soundscape_corpus, tmp_path):
+    home = copied(soundscape_corpus, tmp_path)
     before = contents(home)
     (home / "manifest.json").unlink()
     sorted((home / "shards").iterdir())[0].unlink()
-    prepare(soundscape_data(tmp_path))
+    assert home_of(prepare(soundscape_data(tmp_path))) == home
     assert contents(home) == before
 
 
-def test_the_files_do_not_depend_on_the_number_of_tasks(recordings, tmp_path):
-    for make in (lambda place, tasks: folder_data(recordings, place, prepare_tasks=tasks), soundscape_with_tasks):
-        homes = [home_of(prepare(make(tmp_path / str(tasks), tasks))) for tasks in (1, 2)]
-        assert contents(homes[0]) == contents(homes[1])
-        assert homes[0].name == homes[1].name
+def test_the_files_do_not_depend_on_the_number_of_tasks(recordings, folder_corpus, soundscape_corpus, tmp_path):
+    assert DataSettings().prepare_tasks == 2
+    for two, data in ((folder_corpus, folder_data(recordings, tmp_path)), (soundscape_corpus, soundscape_data(tmp_path))):
+        one = prepare(data.model_copy(update={"prepare_tasks": 1}))
+        assert contents(home_of(one)) == contents(home_of(two))
+        assert one.folder.name == two.folder.name
 
 
-def soundscape_with_tasks(place: Path, tasks: int) -> DataSettings:
-    return soundscape_data(place, prepare_tasks=tasks)
+def name_of(data: DataSettings) -> str:
+    """The name of the folder that a corpus would be prepared in."""
+    held_out = HeldOut.named(data.held_out, data.form)
+    return f"{data.corpus}-{_fingerprint(data, source_of(data, held_out), held_out)}"
 
 
-def test_what_changes_the_clips_changes_the_folder(recordings, folder_corpus, tmp_path, write_audio):
-    write_audio(tmp_path / "in" / "a.wav")
+def test_what_changes_the_clips_changes_the_folder(tmp_path, write_audio):
+    os.utime(write_audio(tmp_path / "in" / "a.wav"), ns=(0, 0))  # long before it is changed below, however fast that comes
     (tmp_path / "in" / "captions.csv").write_text("file_name,caption\na.wav,x\n")
     data = folder_data(tmp_path / "in", tmp_path / "out", folder=FolderSettings(path=str(tmp_path / "in"), validation=0, test=0))
     names = {prepare(data).folder.name}
+    assert names == {name_of(data)}
     for change in ({"sample_rate": 8000}, {"min_seconds": 0.2}, {"shard_clips": 7}):
-        names.add(prepare(data.model_copy(update=change)).folder.name)
+        names.add(name_of(data.model_copy(update=change)))
     write_audio(tmp_path / "in" / "a.wav", hz=500.0)
-    names.add(prepare(data).folder.name)
+    names.add(name_of(data))
     (tmp_path / "in" / "captions.csv").write_text("file_name,caption\na.wav,y\n")
-    names.add(prepare(data).folder.name)
+    names.add(name_of(data))
     assert len(names) == 6
 
 
@@ -324,22 +336,18 @@ def test_the_manifest_holds_the_settings_that_change_the_clips_alone(folder_corp
     assert soundscape_corpus.manifest["settings"].keys() == audio | {"soundscapes"}
 
 
-def test_preparing_is_refused_where_no_node_has_a_whole_cpu(tmp_path):
+@pytest.mark.parametrize(("cpus", "largest"), [({}, "0"), ({"CPU": 0.5}, "0.5")])
+def test_preparing_is_refused_where_no_node_has_a_whole_cpu(cpus, largest, tmp_path, monkeypatch):
     """A cluster like that of `ray start --head --num-cpus=0`, on which tasks would wait for ever."""
-    code = """
-import sys, ray
-from ask_ray import experiment
-from ask_ray.config import SettingsError, load
-
-ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-try:
-    experiment.prepare_only(load({"data": {"prepared": sys.argv[1], "soundscapes": {"train": 4, "validation": 0, "test": 1}}}))
-except SettingsError as error:
-    print(error)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
-    assert "data.prepared: preparing takes a whole CPU for each task, and no live node of the cluster has one" in told
+    node = ray.nodes()[0]
+    others = {name: amount for name, amount in node["Resources"].items() if name != "CPU"}
+    gone = {**node, "Alive": False, "Resources": {"CPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [{**node, "Alive": True, "Resources": others | cpus}, gone])
+    settings = load({"data": {"prepared": str(tmp_path), "soundscapes": {"train": 4, "validation": 0, "test": 1}}})
+    with pytest.raises(SettingsError) as refusal:
+        experiment.prepare_only(settings)
+    told = "data.prepared: preparing takes a whole CPU for each task, and no live node of the cluster has one"
+    assert str(refusal.value).startswith(f"{told} (the largest has {largest})")
     assert not list(tmp_path.iterdir())
 
 
@@ -509,20 +517,13 @@ def test_long_recordings_are_cut_and_counted(tmp_path, write_audio):
     assert corpus.manifest["splits"]["train"]["cut"] == 1
 
 
-def test_a_killed_run_goes_on_where_it_was_killed(tmp_path):
+def test_a_killed_run_goes_on_where_it_was_killed(start_job, tmp_path):
     """The whole job, killed with SIGKILL; what it finished is kept, and in the end all is as if it was left alone."""
     scenes = [f"--data.soundscapes.{name}" for name in ("train", "validation", "test", "seconds", "captions")]
     words = [word for pair in zip(scenes, ("240", "4", "4", "2", "1"), strict=True) for word in pair]
-    command = [sys.executable, str(JOBS / "prepare.py"), *words, "--data.shard_clips", "4", "--data.sample_rate", "8000", "--out"]
     prepared = tmp_path / "killed"
-    job = subprocess.Popen(
-        [*command, str(prepared)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    end = time.monotonic() + 300
-    while len(list(prepared.glob("*/shards/*.json"))) < 8 and job.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    job = start_job("prepare", *words, "--data.shard_clips", "4", "--data.sample_rate", "8000", "--out", str(prepared))
+    job.kill_when(lambda: len(list(prepared.glob("*/shards/*.json"))) >= 8, seconds=300)
     (home,) = prepared.iterdir()
     assert not (home / "manifest.json").exists()
     finished = times(home / "shards") | {f"clips/{name}": stamp for name, stamp in times(home / "clips").items()}
