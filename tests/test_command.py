@@ -124,6 +124,7 @@ def test_a_path_without_a_corpus_that_reads_it_is_refused(words, capsys):
 
 def test_the_preparing_job_tells_its_short_forms_and_refuses_an_unknown_corpus():
     told = subprocess.run([sys.executable, JOBS / "prepare.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "python jobs/prepare.py" in told
     assert "--data.NAME.path PLACE" in told
     words = ["--corpus", "musiccaps", "--path", "/x"]
     done = subprocess.run([sys.executable, JOBS / "prepare.py", *words], capture_output=True, text=True, check=False)

@@ -8,11 +8,12 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -33,10 +34,13 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.data.schema import UnusableClip
 from ask_ray.journal import Journal
+from ask_ray.knowledge import snapshot
+from ask_ray.knowledge.replica import Knowledge
+from ask_ray.method.drift import rdm
 from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
-from ask_ray.training import checkpoint
+from ask_ray.training import checkpoint, worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,21 +97,71 @@ def sync_run(ray_session: None, home: Path) -> dict:
     return experiment.run(settings_of(home, run={"name": "sync-a"}, tracking={"enabled": True}), quiet())
 
 
+#: A refresh is asked for as soon as the entries have moved at all, 4 steps of the 8 of an epoch after the last or later.
+DRIFT = {
+    "refresh": {"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "poll_steps": 3},
+    "corrections": {"write_back": False, "drift_map": False},
+}
+
+
+@pytest.fixture(scope="module")
+def drift_run(ray_session: None, home: Path) -> dict:
+    """A finished run that refreshes by the drift of its batches."""
+    return experiment.run(settings_of(home, run={"name": "drift"}, knowledge=DRIFT), quiet())
+
+
+@pytest.fixture(scope="module")
+def plain_run(ray_session: None, home: Path) -> dict:
+    """A finished run without the method."""
+    return experiment.run(plain_settings(home, "plain"), quiet())
+
+
+def plain_settings(home: Path, name: str, seed: int = 0) -> Settings:
+    return settings_of(home, run={"name": name, "seed": seed}, ask={"enabled": False}, training={"epochs": 2})
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A run that was evaluated beside training: what it gave and told, and the task of evaluation that was killed."""
+
+    result: dict
+    told: str
+    killed: int
+
+
+@pytest.fixture(scope="module")
+def beside_run(ray_session: None, home: Path) -> Beside:
+    """As `sync_run`, but evaluated beside training, after every epoch, by a task that is killed once."""
+    beside = {"evaluation": "beside", "evaluate_every": 1, "checkpoint_every": 3}
+    settings = settings_of(home, run={"name": "beside"}, training=beside, tracking={"enabled": True})
+    told = io.StringIO()
+    with ThreadPoolExecutor() as saboteur:
+        killed = saboteur.submit(kill_the_first, "ray::run_validation_fn", pause=0.05)  # it does not live long
+        result = experiment.run(settings, Console(file=told, width=120))
+    return Beside(result, told.getvalue(), killed.result())
+
+
 def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: None, home: Path) -> None:
-    result = experiment.run(
-        settings_of(
-            home,
-            run={"name": "async"},
-            knowledge={"refresh": {"mode": "async", "warmup_epochs": 0.5}},
-            data={"soundscapes": {"train": 1024}},
-            training={"workers": 2, "batch_size": 8, "epochs": 8, "evaluate_every": 0},
-            ask={"influence": True, "negatives": "none"},  # the loss of all epochs is then over the same candidates
-        ),
-        quiet(),
-    )
+    # How long a refresh takes beside training is up to the machine: where it is not in use for the last of 8 epochs, there are
+    # more, in another run.
+    for epochs in (8, 32):
+        result = experiment.run(
+            settings_of(
+                home,
+                run={"name": f"async-{epochs}"},
+                knowledge={"refresh": {"mode": "async", "warmup_epochs": 0.5}},
+                data={"soundscapes": {"train": 1024}},
+                training={"workers": 2, "batch_size": 8, "epochs": epochs, "evaluate_every": 0},
+                ask={"influence": True, "negatives": "none"},  # the loss of all epochs is then over the same candidates
+            ),
+            quiet(),
+        )
+        swapped = [row["swap_step"] for row in result["refreshes"]]
+        if min(swapped) <= result["steps"] - 64:
+            break
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == result
-    assert result["steps"] == 8 * 64
+    assert result["steps"] == epochs * 64
     assert result["world_size"] == 2
     assert len(result["refreshes"]) >= 2
     for row in result["refreshes"]:
@@ -115,33 +169,40 @@ def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: N
         assert row["entries"] == 1024
         assert row["ranks"] == 2
         assert row["lag_steps"] == row["swap_step"] - row["encoder_step"] >= 0
-    assert any(row["swap_step"] < result["steps"] for row in result["refreshes"]), "no swap while training went on"
+    assert min(swapped) <= result["steps"] - 64, "no swap while training went on, a whole epoch before its end"
     for ways in (result["final"], result["final_injected"]):
         for of in ways.values():
             assert of["n"] == 48
             assert 0 <= of["r1"] <= of["r5"] <= of["r10"] <= 1
     assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "drift.png", "refreshes.png"}
-    epochs = [event for event in json.loads((folder / "history.json").read_text()) if event["kind"] == "epoch"]
-    assert [event["epoch"] for event in epochs] == list(range(1, 9))
-    assert epochs[0]["loss"] > epochs[-1]["loss"]
-    assert epochs[-1]["influence"] > 0
-    assert 0 < epochs[-1]["corrected_share"] <= 1
-    assert epochs[-1]["corrected_age_steps"] > 0
-    assert {"temperature", "rdm_audio", "consistency", "knowledge_version", "lag_steps", "clips_per_second"} <= set(epochs[-1])
+    told = [event for event in json.loads((folder / "history.json").read_text()) if event["kind"] == "epoch"]
+    assert [event["epoch"] for event in told] == list(range(1, epochs + 1))
+    assert told[0]["loss"] > told[-1]["loss"]
+    assert told[-1]["influence"] > 0
+    assert 0 < told[-1]["corrected_share"] <= 1
+    assert told[-1]["corrected_age_steps"] > 0
+    assert {"temperature", "rdm_audio", "consistency", "knowledge_version", "lag_steps", "clips_per_second"} <= set(told[-1])
 
 
 @pytest.mark.parametrize(
     ("refresh", "told"),
     [
-        ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5}, "RDM"),
         ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "signal": "probe", "probe_steps": 3}, "RDM"),
         ({"policy": "continuous", "unit": "steps", "min_interval": 4}, "the last is in"),
     ],
 )
 def test_policies_refresh_by_what_they_see_and_say_why(ray_session: None, home: Path, refresh: dict, told: str) -> None:
-    name = f"{refresh['policy']}-{refresh.get('signal', 'batch')}"
     knowledge = {"refresh": refresh, "corrections": {"write_back": False, "drift_map": False}}
-    result = experiment.run(settings_of(home, run={"name": name}, knowledge=knowledge), quiet())
+    settings = settings_of(home, run={"name": refresh["policy"]}, knowledge=knowledge, training={"epochs": 2})
+    check_refreshes(experiment.run(settings, quiet()), told)
+
+
+def test_policy_adaptive_refreshes_by_the_drift_of_batches_and_says_so(drift_run: dict) -> None:
+    check_refreshes(drift_run, "RDM")
+
+
+def check_refreshes(result: dict, told: str) -> None:
+    """Every version but the first, after warm-up, and the last, by the final weights, has a reason that holds `told`."""
     first, *later, _ = [row["reason"] for row in result["refreshes"]]
     assert first == "warm-up is over"
     assert later
@@ -157,20 +218,37 @@ def test_drift_is_zero_with_a_fresh_knowledge_base_and_not_after_steps(sync_run:
     assert by_epoch[3]["probe_rdm_text"] > 0
     swaps = [event["step"] for event in events if event["kind"] == "swapped"]
     assert swaps == [8, 16, 24], "in sync mode every version is in use at the step that asked for it"
+    drift = drift_by_version(sync_run)
+    assert list(drift) == [8, 16, 24]
+    assert max(drift[24].values()) < 1e-5, "the last version is by the final weights: what is left is rounding"
+    for stale in (drift[8], drift[16]):
+        assert min(stale.values()) > 10 * max(drift[24].values())
+
+
+def drift_by_version(run: dict) -> dict[int, dict[str, float]]:
+    """RDM of each stored version under the weights that a run ended with, by the step whose weights encoded the version."""
+    opened, device = inspection.OpenedRun.at(run["folder"]), torch.device("cpu")
+    corpus, tau, found = Corpus.open(opened.stood.corpus), float(opened.model.temperature), {}
+    for version in snapshot.versions(opened.place.knowledge):
+        stored = snapshot.open_snapshot(opened.place.knowledge, version, opened.place.name, opened.settings.model.dim)
+        known = Knowledge(stored, device)
+        now, then = worker.probe_rows(known, opened.model, corpus, opened.settings, device, 0)
+        found[known.encoder_step] = {way: float(rdm(now[way], now[way], then[way], tau)) for way in then}
+    return found
 
 
 def test_a_fork_goes_on_from_another_runs_weights_with_settings_of_its_own(sync_run: dict, home: Path) -> None:
     begun_from, heard = sync_run["folder"], []
-    settings = settings_of(home, run={"name": "fork", "fork": begun_from}, ask={"rho": 0.3}, training={"epochs": 5})
+    settings = settings_of(home, run={"name": "fork", "fork": begun_from}, ask={"rho": 0.3}, training={"epochs": 4})
     result = experiment.run(settings, quiet(), listen=heard.append)
     began = next(event for event in heard if event["kind"] == "began")
     assert (began["epoch"], began["step"]) == (3, 24)
-    assert [event["epoch"] for event in heard if event["kind"] == "epoch"] == [4, 5]
+    assert [event["epoch"] for event in heard if event["kind"] == "epoch"] == [4]
     assert heard == json.loads((Path(result["folder"]) / "history.json").read_text())
     first = result["refreshes"][0]
     assert (first["encoder_step"], first["entries"]) == (24, 128)
     assert first["reason"] == f"begun from {begun_from}"
-    assert result["steps"] == 40
+    assert result["steps"] == 32
 
 
 @pytest.mark.parametrize(
@@ -186,30 +264,28 @@ def test_a_run_that_cannot_be_forked_is_refused(sync_run: dict, home: Path, chan
         experiment.run(settings_of(home, **{"run": {"name": "no", "fork": sync_run["folder"]}, **changes}), quiet())
 
 
-def test_same_settings_and_seed_give_the_same_numbers(sync_run: dict, home: Path) -> None:
-    again = experiment.run(settings_of(home, run={"name": "sync-b"}), quiet())
-    assert again["final"] == sync_run["final"]
-    assert again["final_injected"] == sync_run["final_injected"]
-    other = experiment.run(settings_of(home, run={"name": "sync-c", "seed": 1}), quiet())
-    assert other["final"] != sync_run["final"]
+def test_same_settings_and_seed_give_the_same_numbers(sync_run: dict, beside_run: Beside) -> None:
+    """Where a run is evaluated changes nothing of its training."""
+    assert weights_of(beside_run.result) == weights_of(sync_run)
+    for figures in ("final", "final_injected"):
+        assert beside_run.result[figures] == sync_run[figures]
 
 
-def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_run: dict, home: Path) -> None:
+def test_another_seed_gives_other_numbers(plain_run: dict, home: Path) -> None:
+    other = experiment.run(plain_settings(home, "plain-other", seed=1), quiet())
+    assert weights_of(other) != weights_of(plain_run)
+    assert other["final"] != plain_run["final"]
+
+
+def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(
+    sync_run: dict, home: Path, start_job: Callable
+) -> None:
     settings = settings_of(home, run={"name": "killed"})
     file = home / "killed.yaml"
     file.write_text(settings.to_yaml())
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    driver = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(file)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
     run = Folder(str(home / "runs" / "killed"))
-    deadline = time.monotonic() + 120
-    while not checkpoint.pinned_versions(run) and time.monotonic() < deadline:
-        time.sleep(0.05)  # until a checkpoint names a version of the knowledge base
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert checkpoint.pinned_versions(run), "no checkpoint was written in time"
+    job = start_job("train", "--config", str(file))
+    job.kill_when(lambda: checkpoint.pinned_versions(run), seconds=120)  # a checkpoint names a version of the knowledge base
     heard: list[dict] = []
     result = experiment.run(settings, quiet(), listen=heard.append)
     (began,) = (event for event in heard if event["kind"] == "began")
@@ -217,6 +293,7 @@ def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(sync_
     assert result["steps"] == 24
     assert result["epochs"] == 3
     assert result["final"] == sync_run["final"]
+    assert result["final_injected"] == sync_run["final_injected"]
     assert weights_of(result) == weights_of(sync_run)
 
 
@@ -226,10 +303,7 @@ def weights_of(result: dict) -> bytes:
         return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_run_whose_worker_is_killed_decides_and_ends_as_an_unbroken_one_by_drift(ray_session: None, home: Path) -> None:
-    refresh = {"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "poll_steps": 3}
-    knowledge = {"refresh": refresh, "corrections": {"write_back": False, "drift_map": False}}
-    whole = experiment.run(settings_of(home, run={"name": "drift"}, knowledge=knowledge), quiet())
+def test_a_run_whose_worker_is_killed_decides_and_ends_as_an_unbroken_one_by_drift(drift_run: dict, home: Path) -> None:
     heard: list[dict] = []
 
     def listen(event: dict) -> None:
@@ -238,24 +312,20 @@ def test_a_run_whose_worker_is_killed_decides_and_ends_as_an_unbroken_one_by_dri
         if event["kind"] == "swapped" and event["step"] == 16 and began == 1:  # epoch 2 and its checkpoint are done
             kill_the_first("ray::RayTrainWorker")
 
-    broken = experiment.run(settings_of(home, run={"name": "drift-killed"}, knowledge=knowledge), quiet(), listen=listen)
+    broken = experiment.run(settings_of(home, run={"name": "drift-killed"}, knowledge=DRIFT), quiet(), listen=listen)
     assert [event["step"] for event in heard if event["kind"] == "began"] == [0, 16]
-    reasons = [{row["encoder_step"]: row["reason"] for row in result["refreshes"]} for result in (whole, broken)]
+    reasons = [{row["encoder_step"]: row["reason"] for row in result["refreshes"]} for result in (drift_run, broken)]
     assert "RDM" in reasons[0][16], "decided by steps before the checkpoint"
     assert reasons[0] == reasons[1]
-    assert weights_of(broken) == weights_of(whole)
+    assert weights_of(broken) == weights_of(drift_run)
 
 
-def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is_killed(sync_run: dict, home: Path) -> None:
-    beside = {"evaluation": "beside", "evaluate_every": 1, "checkpoint_every": 3}
-    settings = settings_of(home, run={"name": "beside"}, training=beside, tracking={"enabled": True})
-    told = io.StringIO()
-    with ThreadPoolExecutor() as saboteur:
-        killed = saboteur.submit(kill_the_first, "ray::run_validation_fn")
-        result = experiment.run(settings, Console(file=told, width=120))
-    assert killed.result() > 0
+def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is_killed(
+    sync_run: dict, beside_run: Beside
+) -> None:
+    result = beside_run.result
+    assert beside_run.killed > 0
     assert result["steps"] == 24
-    assert result["final"] == sync_run["final"], "training is the same"
     events = json.loads((Path(result["folder"]) / "history.json").read_text())
     points = report.validations(events)
     assert [(event["kind"], event["step"], event["epoch"]) for event in points] == [
@@ -265,8 +335,8 @@ def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is
     names = {name for name in inline if name.startswith(("t2a_", "a2t_"))}
     assert {"t2a_r1", "a2t_map10", "a2t_n"} <= names
     assert {name: points[1][name] for name in names} == pytest.approx({name: inline[name] for name in names}, abs=1e-6)
-    assert told.getvalue().count("evaluated  val R@1 t2a") == 3
-    assert "Not evaluated" not in told.getvalue()
+    assert beside_run.told.count("evaluated  val R@1 t2a") == 3
+    assert "Not evaluated" not in beside_run.told
     record = json.loads((Path(result["folder"]) / "mlflow.json").read_text())
     from mlflow import MlflowClient
 
@@ -274,8 +344,12 @@ def test_evaluation_beside_training_gives_the_workers_figures_though_its_task_is
     assert sorted(point.step for point in history) == [8, 16, 24]
 
 
-def kill_the_first(title: str) -> int:
-    """Kill −9 the first process of this session with a title, as soon as there is one, and tell which it was."""
+def kill_the_first(title: str, pause: float = 0.1) -> int:
+    """Kill −9 the first process of this session with a title, as soon as there is one, and tell which it was.
+
+    Args:
+        pause: seconds between looks, each of which asks every process.
+    """
     end = time.monotonic() + 120
     while time.monotonic() < end:
         for process in psutil.Process().children(recursive=True):
@@ -283,7 +357,7 @@ def kill_the_first(title: str) -> int:
                 if " ".join(process.cmdline()).startswith(title):
                     process.kill()
                     return process.pid
-        time.sleep(0.01)
+        time.sleep(pause)
     raise TimeoutError(f"no process {title} in two minutes")
 
 
@@ -347,13 +421,12 @@ def test_a_run_that_is_under_way_is_not_driven_twice(sync_run: dict, home: Path,
         experiment.run(settings, quiet())
 
 
-def test_plain_contrastive_training_keeps_no_knowledge_base(ray_session: None, home: Path) -> None:
-    result = experiment.run(settings_of(home, run={"name": "plain"}, ask={"enabled": False}), quiet())
-    assert result["refreshes"] == []
-    assert result["final_injected"] == {}
-    assert not (Path(result["folder"]) / "knowledge").exists()
+def test_plain_contrastive_training_keeps_no_knowledge_base(plain_run: dict) -> None:
+    assert plain_run["refreshes"] == []
+    assert plain_run["final_injected"] == {}
+    assert not (Path(plain_run["folder"]) / "knowledge").exists()
     with pytest.raises(SettingsError, match="no knowledge base"):
-        inspection.search("a dog barks", result["folder"], "", 3, quiet())
+        inspection.search("a dog barks", plain_run["folder"], "", 3, quiet())
 
 
 def test_the_record_holds_settings_metrics_and_pictures(sync_run: dict) -> None:
@@ -546,7 +619,7 @@ def seen_run(ray_session: None, home: Path, tmp_path_factory: pytest.TempPathFac
 
 def image_settings(home: Path, root: Path, **changes: dict[str, object]) -> Settings:
     data = {"corpus": "coco", "image_size": 32, "coco": {"path": str(root), "validation": 0.1}}
-    return settings_of(home, **{"run": {"name": "seen"}, "data": data, **changes})
+    return settings_of(home, **{"run": {"name": "seen"}, "data": data, "training": {"epochs": 2}, **changes})
 
 
 def test_pictures_are_trained_on_evaluated_and_told_as_such(seen_run: dict, tmp_path: Path) -> None:
@@ -700,16 +773,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_corpus_is_prepared(ray_ses
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
-@pytest.mark.parametrize("job", ["train", "prepare", "evaluate", "classify", "search"])
+@pytest.mark.parametrize("job", ["train", "tune", "evaluate", "classify", "search"])
 def test_help_teaches(job: str) -> None:
     told = subprocess.run([sys.executable, str(ROOT / f"jobs/{job}.py"), "--help"], capture_output=True, text=True, check=True)
     assert f"python jobs/{job}.py" in told.stdout
-
-
-def test_a_wrong_setting_ends_the_command_with_a_message() -> None:
-    told = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/train.py"), "--ask.rho", "1.5"], capture_output=True, text=True, check=False
-    )
-    assert told.returncode == 2
-    assert "ask.rho" in told.stderr
-    assert "Traceback" not in told.stderr
