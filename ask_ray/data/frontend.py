@@ -45,7 +45,7 @@ def tiny_mel(sample_rate: int) -> MelSpec:
 TINY_MEL = tiny_mel(16000)
 
 #: What the published PANNs were trained on (Kong et al. 2020, arXiv 1912.10211).
-PANNS_MEL = MelSpec(32000, 1024, 320, 64, 50.0, 14000.0, None)
+PANNS_MEL = MelSpec(32000, 1024, 320, 64, 50.0, 14000.0, None, reflect=True)
 
 #: What the published CEDs were trained on (Dinkel et al. 2024, arXiv 2308.11957).
 CED_MEL = MelSpec(16000, 512, 160, 64, 0.0, 8000.0, 120.0, scale="htk", reflect=True)
