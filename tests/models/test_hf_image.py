@@ -7,11 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    LevitImageProcessor,
+    MobileNetV2ImageProcessor,
+    MobileViTImageProcessor,
+    PerceiverImageProcessor,
+    PoolFormerImageProcessor,
+    Qwen2VLImageProcessor,
+    SiglipImageProcessor,
+    VideoMAEImageProcessor,
+    ViTImageProcessor,
+)
 
 from ask_ray.config import SettingsError
 from ask_ray.data.batches import pad
-from ask_ray.models.hf_image import HfImage
+from ask_ray.models.hf_image import HfImage, view_of
+from ask_ray.models.pretrained import Origin
 from ask_ray.models.weights import WeightsError
 
 VIEWERS = ("vit", "clip-vision", "dinov2", "convnext")
@@ -96,6 +113,63 @@ def test_a_processor_that_does_not_bring_pictures_to_one_size_is_refused(models,
     (folder / "preprocessor_config.json").write_text(json.dumps(told | {"size": {"height": 40, "width": 40}}))
     with pytest.raises(WeightsError, match=r"model\.image: .*gives no features .*one picture of 40 × 40 pixels"):
         HfImage(str(folder), "mean", 0.9)
+
+
+SQUARE, SHORTEST = {"height": 32, "width": 32}, {"shortest_edge": 32}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MobileViTImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        LevitImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        PoolFormerImageProcessor(size=SHORTEST, crop_size=SQUARE),
+        EfficientNetImageProcessor(size=SQUARE),
+        EfficientNetImageProcessor(size=SQUARE, include_top=False, rescale_offset=True),
+        DeiTImageProcessor(size={"height": 40, "width": 40}, crop_size=SQUARE),
+        MobileViTImageProcessor(),
+        LevitImageProcessor(),
+        PoolFormerImageProcessor(),
+        EfficientNetImageProcessor(),
+        # Those show something of another shape, or take no single picture so.
+        PerceiverImageProcessor(),
+        VideoMAEImageProcessor(),
+        Qwen2VLImageProcessor(),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_a_processor_that_does_something_else_is_refused(models, tmp_path: Path, processor) -> None:
+    folder = tmp_path / "vit"
+    shutil.copytree(models["vit"], folder)
+    processor.save_pretrained(folder)
+    name = type(AutoImageProcessor.from_pretrained(folder)).__name__
+    with pytest.raises(WeightsError, match=rf"model\.image: .*its {name} does something else to pictures"):
+        HfImage(str(folder), "mean", 0.9)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        *(ViTImageProcessor(size=SQUARE, resample=resample) for resample in range(4)),
+        ViTImageProcessor(resample=1),
+        ViTImageProcessor(do_normalize=False),
+        ViTImageProcessor(do_rescale=False, do_normalize=False),
+        CLIPImageProcessor(),
+        CLIPImageProcessor(size={"shortest_edge": 31}, crop_size={"height": 40, "width": 40}),
+        BitImageProcessor(size={"shortest_edge": 37}, crop_size=SQUARE),
+        ConvNextImageProcessor(),
+        ConvNextImageProcessor(size={"shortest_edge": 224}),
+        SiglipImageProcessor(),
+        MobileNetV2ImageProcessor(),
+        MobileViTImageProcessor(do_flip_channel_order=False),
+        EfficientNetImageProcessor(include_top=False),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_a_processor_is_taken_whatever_its_filter_and_its_sizes(processor) -> None:
+    view = view_of(processor, Origin("model.image", "some", Path("some")))
+    theirs = processor(photos((300, 200))[0], return_tensors="pt")["pixel_values"]
+    assert theirs.shape == (1, 3, view.height, view.width)
 
 
 def test_a_pooling_that_a_model_lacks_is_refused(tmp_path: Path) -> None:
