@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 WORDS = re.compile(r"\w+")
 
+#: How far a caption's vector may be from the one it has alone, as a share of its largest value: longer sums round otherwise.
+COMPANY = 1e-3
+
 
 class TextTower(nn.Module):
     """A tower.
@@ -145,7 +148,8 @@ def published(family: str, weights: str, max_words: int, language: str) -> Trans
         language: the captions' language, as `sonar`'s tokeniser calls it; the others take none.
 
     Raises:
-        WeightsError: if the weights cannot be had, are another model's, or take fewer than `max_words` tokens.
+        WeightsError: if the weights cannot be had, are another model's, take fewer than `max_words` tokens, or make of a
+            caption what depends on its batch.
         SettingsError: if the tokeniser lacks the language.
     """
     origin = Origin.of(weights, "model.text_weights")
@@ -163,8 +167,8 @@ def any_text(name: str, pooling: str, max_words: int) -> Transformer:
     """Any text model of the transformers library, from a local folder or the hub; of two stacks, the encoder.
 
     Raises:
-        WeightsError: if it cannot be had, or takes fewer than `max_words` tokens.
-        SettingsError: if it cannot be pooled so.
+        WeightsError: if it cannot be had, takes fewer than `max_words` tokens, or makes of a caption what depends on its batch.
+        SettingsError: if it cannot be pooled so, or a caption's vector depends on its batch then.
     """
     from transformers import AutoModel
 
@@ -182,20 +186,39 @@ def _pretrained(
     **options: Any,
 ) -> Transformer:
     """The tower of published weights, in training mode."""
-    most = _positions(config)
+    model, lacking = read_model(kind, config, origin, "text_model", **options)
+    # Not the whole's configuration, which of a model of two towers has no such number.
+    most = _positions(model.config)
     if most is not None and max_words > most:
         raise WeightsError(f"{origin} takes {most} tokens; lower model.max_words")
-    model, lacking = read_model(kind, config, origin, "text_model", **options)
     tower = Transformer(model, PublishedTokens(tokenizer, max_words), pooling).eval()
     probe = settled(model, lambda: tower.encode(*tower.tokenise(["a"])), lacking, origin, "a text encoder")
+    _check_company(tower, probe.vectors, origin)
     tower.token_width = None if probe.tokens is None else probe.tokens.shape[2]
     return tower.train()
+
+
+def _check_company(tower: Transformer, alone: Tensor, origin: Origin) -> None:
+    """That a caption's vector is the one it has alone, (1, C) of "a", also where it is padded beside a longer one.
+
+    Raises:
+        SettingsError: if it is not, as the model's own pooled output may be of the padding.
+        WeightsError: if not even the mean over a caption's own tokens is.
+    """
+    with torch.no_grad():
+        beside = tower(*tower.tokenise(["a", "a a a a a a a a"]))[:1]
+    if (beside - alone).abs().max() <= COMPANY * alone.abs().max():
+        return
+    told = f"{type(tower.encoder).__name__} makes another vector of a caption beside a longer one than of the caption alone"
+    if tower.pooling == "mean":
+        raise WeightsError(f"{origin}: {told}, so it heeds its padding: give a model that does not")
+    raise SettingsError(f"model.text_pooling is {tower.pooling}, with which {told} ({origin}); choose mean")
 
 
 def _positions(config: PretrainedConfig) -> int | None:
     """Tokens that a model takes: RoBERTa and its kin begin to count after the number of their padding. None: any number."""
     most = getattr(config, "max_position_embeddings", None)
-    kin = any(word in config.model_type for word in ("roberta", "camembert", "mpnet", "m2m_100"))
+    kin = any(word in config.model_type for word in ("roberta", "camembert", "mpnet", "m2m_100", "clap", "altclip"))
     return most - config.pad_token_id - 1 if most is not None and kin else most
 
 

@@ -8,7 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    ClapConfig,
+    ClapModel,
+    CLIPConfig,
+    CLIPModel,
+    ConvBertConfig,
+    ConvBertModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from ask_ray.config import SettingsError
 from ask_ray.models.text_towers import HashedWords, TinyText, Transformer, any_text, from_scratch, published
@@ -205,6 +222,53 @@ def test_any_text_model_pools_as_it_is_told(models, pooling: str) -> None:
         states = output.last_hidden_state[0]
         wanted = {"max": states.amax(0), "first": states[0], "pooler": output.pooler_output[0]}[pooling]
         torch.testing.assert_close(tower(ids, mask)[1], wanted, atol=1e-5, rtol=1e-5)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+READS = SMALL | {"vocab_size": len(PIECES), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+LOOKS = SMALL | {"image_size": 32, "patch_size": 8}
+
+
+def folder_of(folder: Path, model: PreTrainedModel) -> str:
+    """The folder of a model, with a tokeniser."""
+    model.save_pretrained(folder / "model")
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(PIECES)}).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def test_a_pooled_output_that_depends_on_the_batch_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    siglip = folder_of(tmp_path, SiglipModel(SiglipConfig(text_config=READS, vision_config=LOOKS)))
+    with pytest.raises(SettingsError, match=r"model\.text_pooling is pooler, .*SiglipTextModel.*; choose mean"):
+        any_text(siglip, "pooler", 16)
+    for pooling in ("mean", "max", "first"):
+        tower = any_text(siglip, pooling, 16).eval()
+        with torch.no_grad():
+            together, alone = tower(*tower.tokenise(["a dog", "rain falls, then a dog barks"])), tower(*tower.tokenise(["a dog"]))
+        torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_heeds_its_padding_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    convolved = folder_of(tmp_path, ConvBertModel(ConvBertConfig(**READS, embedding_size=16)))
+    with pytest.raises(WeightsError, match=r"model\.text: .*heeds its padding: give a model that does not"):
+        any_text(convolved, "mean", 16)
+
+
+@pytest.mark.parametrize(("kind", "positions", "most"), [("clip", 20, 20), ("clap", 22, 21)])
+def test_a_model_of_two_towers_takes_the_tokens_of_its_text_tower(tmp_path: Path, kind: str, positions: int, most: int) -> None:
+    torch.manual_seed(0)
+    reads = READS | {"max_position_embeddings": positions}
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(text_config=reads, vision_config=LOOKS, projection_dim=16))
+    else:
+        swin = {"hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
+        model = ClapModel(ClapConfig(text_config=reads, audio_config=swin))
+    folder = folder_of(tmp_path, model)
+    tower = any_text(folder, "mean", most).eval()
+    assert tower(*tower.tokenise(["a dog " * most])).isfinite().all()
+    with pytest.raises(WeightsError, match=rf"model\.text: .*takes {most} tokens; lower model\.max_words"):
+        any_text(folder, "mean", most + 1)
 
 
 def test_of_a_model_with_two_stacks_the_encoder_reads(models) -> None:
