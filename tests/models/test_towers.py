@@ -117,6 +117,7 @@ def still(model: ModelSettings, rate: int, side: str) -> list[str]:
     training = TrainingSettings(epochs=1, warmup_share=0.0)
     settings = Settings(model=model, ask=AskSettings(enabled=False), training=training)
     encoder = registry.build(settings.model, rate)
+    assert all(module.training for module in getattr(encoder, side).modules()), "built to be trained"
     stepper = Stepper(encoder, encoder, settings, 50, torch.device("cpu"))
     waves, lengths = clips(rate, (1.0, 1.0, 1.0, 0.7))
     words, mask = encoder.tokenise(CAPTIONS)
