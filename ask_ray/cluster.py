@@ -287,8 +287,9 @@ def _fits(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
     most = {(0, _evaluation_cpus(settings) == 0): 0}
     for node in nodes:
         reached: dict[tuple[int, bool], int] = {}
+        room = int((node["Resources"].get("CPU", 0.0) + SLACK) // settings.training.cpus_per_worker)
         for (placed, evaluated), held in most.items():
-            for more, evaluates in product(range(workers - placed + 1), {False, not evaluated}):
+            for more, evaluates in product(range(min(workers - placed, room) + 1), {False, not evaluated}):
                 beside = _actors_beside(settings, node, more, evaluates)
                 if beside is not None:
                     key = (placed + more, evaluated or evaluates)
