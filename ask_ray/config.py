@@ -103,7 +103,8 @@ class SoundscapeSettings(Section):
     seed: Natural = Field(0, description="same seed, same bytes")
     bank: str | None = Field(
         None,
-        description="folder of recordings with a caption manifest to compose clips from; unset: synthesised events",
+        description="folder of recordings with a caption manifest to compose clips from, each for clips of its own split (dealt "
+        "as those of a folder where the manifest tells none), all in memory while preparing; unset: synthesised events",
     )
 
 
