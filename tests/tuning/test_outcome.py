@@ -71,11 +71,11 @@ def test_what_all_parts_of_a_run_took_is_summed(tmp_path):
     made = {"encoder_step": 8, "encode_seconds": 3.0, "build_seconds": 0.25, "entries": 9, "reason": ""}
     swapped = {"rank": 0, "step": 9, "lag_steps": 1, "swap_ms": 2.0}
     told = [
-        ("began", 100.0, {"step": 0}),
+        ("began", 100.0, {"step": 0, "world_size": 1}),
         ("published", 104.0, {"version": 1, **made}),
         ("swapped", 105.0, {"version": 1, **swapped}),
         ("epoch", 110.0, {"step": 10}),
-        ("began", 200.0, {"step": 10}),  # after a worker was lost
+        ("began", 200.0, {"step": 10, "world_size": 1}),  # after a worker was lost
         ("step", 203.0, {"step": 12}),
         ("published", 204.0, {"version": 2, **made}),  # never in use
     ]
