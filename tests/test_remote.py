@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import tempfile
 import time
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from ask_ray import experiment, inspection, storage
 from ask_ray.config import Settings, load, with_values
+from ask_ray.data import corpus
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare, write_shard
@@ -218,6 +221,37 @@ def test_a_checkpoint_is_fetched_when_storage_is_back(s3, tmp_path):
         s3.process.send_signal(signal.SIGCONT)
     assert heard
     assert not folder.exists()
+
+
+def test_clips_are_read_when_storage_is_back(s3, small_corpus, tmp_path, monkeypatch):
+    place = s3.uri(f"bucket/{tmp_path.name}")
+    Folder.at(place).upload(small_corpus.folder.local)
+    there, heard = Corpus.open(place), []
+
+    def not_read(error: StorageError) -> None:
+        heard.append(error)
+        s3.process.send_signal(signal.SIGCONT)
+
+    monkeypatch.setattr(corpus, "_not_read", not_read)
+    s3.process.send_signal(signal.SIGSTOP)
+    try:
+        read = there.read(there.groups("train")[1])
+    finally:  # other tests use it too
+        s3.process.send_signal(signal.SIGCONT)
+    assert heard
+    assert read.ids == small_corpus.read(small_corpus.groups("train")[1]).ids
+
+
+def test_clips_of_a_damaged_file_on_this_machine_are_not_waited_for(small_corpus, tmp_path):
+    shutil.copytree(small_corpus.folder.local, tmp_path / "damaged")
+    here = Corpus.open(str(tmp_path / "damaged"))
+    group = here.groups("train")[0]
+    file = tmp_path / "damaged/clips" / group.file
+    file.write_bytes(file.read_bytes()[:100])
+    started = time.monotonic()
+    with pytest.raises((StorageError, pa.ArrowInvalid)):
+        here.read(group)
+    assert time.monotonic() - started < storage.PATIENCE / 2
 
 
 def test_storage_that_stays_away_is_an_error_in_the_end(no_s3, monkeypatch):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ask_ray.config import SettingsError
 from ask_ray.data.schema import FORMAT, KEPT, ROW_GROUP, SPLITS, Kept
 from ask_ray.modality import Form
-from ask_ray.storage import Folder, patiently
+from ask_ray.storage import Folder, StorageError, patiently
 
 LOG = logging.getLogger(__name__)
 
@@ -170,23 +170,24 @@ class Corpus:
         return found
 
     def read(self, group: Group) -> ClipRows:
-        """Read one row group. Storage that is away is tried again for a while: what is read here is read in the middle of things.
+        """Read one row group. Remote storage that is away is tried again for a while: what is read here is read in the middle of
+        things.
 
         Raises:
-            StorageError: if it stays away.
+            StorageError: if it stays away, or the file is damaged.
         """
-        names = ["id", "captions", self.kept.samples, *self.kept.sides]
-
-        def table_of_it() -> pa.Table:
-            with (self.folder / "clips").open(group.file) as stream:
-                return pq.ParquetFile(stream).read_row_group(group.number, columns=names)
-
-        table = patiently(table_of_it, lambda error: LOG.warning("not read yet: %s", error))
+        local = self.folder.local is not None
+        table = self._table(group) if local else patiently(lambda: self._table(group), _not_read)
         held = table.column(self.kept.samples).combine_chunks()
         sides = [table.column(name).to_numpy() for name in self.kept.sides]
         ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))
         shapes = np.stack(sides, axis=1) if sides else None
         return ClipRows(ids, captions, held.values.to_numpy(), held.offsets.to_numpy(), shapes)
+
+    def _table(self, group: Group) -> pa.Table:
+        names = ["id", "captions", self.kept.samples, *self.kept.sides]
+        with (self.folder / "clips").open(group.file) as stream:
+            return pq.ParquetFile(stream).read_row_group(group.number, columns=names)
 
     def _holds_longer(self, split: str, seconds: float) -> bool:
         """Whether a recording of the split is longer than this, which is at most what is kept of one."""
@@ -208,3 +209,7 @@ class Corpus:
 
     def _most_captions(self, split: str) -> int:
         return int(self._split(split)["most_captions"])
+
+
+def _not_read(error: StorageError) -> None:
+    LOG.warning("clips are not read yet: %s", error)
