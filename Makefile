@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 ARGS ?=
 
-.PHONY: help train test faults lint bench clean
+.PHONY: help train test faults survival lint bench clean
 
 help:
 	@echo "make train [ARGS='--ask.rho 0.5 …']  train ASK on Ray from nothing, and print where the results are"
 	@echo "make test                            lint, type-check and test"
 	@echo "make faults                          runs during which processes are killed and files damaged (docs/reliability.md)"
+	@echo "make survival                        sweeps that are killed and interrupted, and go on"
 	@echo "make bench                           the measured ratios, in benchmarks/"
 	@echo "make clean                           remove the environment (runs/ and prepared/ stay)"
 
@@ -23,6 +24,9 @@ test: lint
 
 faults: $(TEST_READY)
 	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults
+
+survival: $(TEST_READY)
+	$(BIN)/python -m pytest -m survival tests/faults
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from sweeps import start, write_space
 from ask_ray import tracking
 from ask_ray.config import load
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.survival
 
 #: Runs with a knowledge base, so that a refiner and a pool belong to each trial.
 ASK = {"ask": {"enabled": True, "prototypes": 8}}
@@ -105,7 +105,7 @@ def _record(folder: Path) -> set[str]:
 
 
 def test_a_trial_whose_worker_is_killed_fails_alone_and_says_why(tmp_path):
-    longer = {"training": {"epochs": 40, "evaluate_every": 1, "batch_size": 16, "max_failures": 0}}
+    longer = {"training": {"epochs": 12, "evaluate_every": 1, "batch_size": 16, "max_failures": 0}}
     file, folder = write_space(tmp_path, {"ask.rho": {"grid": [0.4, 0.6, 0.8]}}, GRID, ASK | longer), tmp_path / "runs/sweep"
     job = start(file, "sweep")
     until(lambda: [*folder.glob("trials/*/history.json")], 200, "an epoch")  # before it, Ray Train starts a worker again
