@@ -20,6 +20,7 @@ from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
 from ask_ray.journal import Follower, Journal
 from ask_ray.knowledge.cache import Cache
+from ask_ray.knowledge.policy import Fixed, policy_of
 from ask_ray.modality import THINGS
 from ask_ray.storage import Folder, masked
 from ask_ray.training import checkpoint, trainer
@@ -342,8 +343,8 @@ def _tell_untested(console: Console, settings: Settings, corpus: Corpus) -> None
 def _tell_unrefreshed(console: Console, settings: Settings, steps_per_epoch: int) -> None:
     """Say, before training, that T is so long that no refresh falls within it."""
     refresh, epochs = settings.knowledge.refresh, settings.training.epochs
-    interval = refresh.interval if refresh.unit == "epochs" else refresh.interval / steps_per_epoch
-    if settings.ask.enabled and refresh.policy == "fixed" and refresh.warmup_epochs + interval >= epochs:
+    policy = policy_of(refresh, steps_per_epoch)
+    if settings.ask.enabled and isinstance(policy, Fixed) and policy.first + policy.interval >= epochs * steps_per_epoch:
         console.print(
             f"[yellow]No refresh[/]: knowledge.refresh.interval ({refresh.interval:g} {refresh.unit}) after warmup_epochs "
             f"({refresh.warmup_epochs:g}) is past the end of training (training.epochs {epochs}), and the knowledge base stays "

@@ -148,7 +148,7 @@ class SoundscapeSource:
         return "audio"
 
     def key(self) -> str:
-        return "".join(row.key() for row in self.rows)
+        return "".join(f"{row.split}: {row.key()}" for row in self.rows)  # not the key of scenes that were composed across splits
 
     def shards(self) -> list[Shard]:
         counts = {split: getattr(self.data.soundscapes, split) for split in SPLITS}

@@ -157,8 +157,7 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
 def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:
     """K and Nc against what the knowledge base will hold."""
     ask = settings.ask
-    of_batch = workers_of(settings) * settings.training.batch_size
-    barred = min({"none": 0, "self": 1, "batch": of_batch}[ask.exclude], extent.own)
+    barred = min(_excluded(settings), extent.own)
     left = extent.clips - barred
     if ask.fine and ask.neighbours > left:
         raise SettingsError(
@@ -167,6 +166,11 @@ def _check_neighbours(settings: Settings, extent: Extent, entries: int) -> None:
         )
     if ask.coarse and ask.prototypes > entries:
         raise SettingsError(f"ask.prototypes is {ask.prototypes}, but the knowledge base has {entries} entries: lower it")
+
+
+def _excluded(settings: Settings) -> int:
+    """The clips that a pair may not retrieve."""
+    return {"none": 0, "self": 1, "batch": workers_of(settings) * settings.training.batch_size}[settings.ask.exclude]
 
 
 def _searches_on_gpu(settings: Settings) -> bool:
@@ -186,7 +190,7 @@ def _check_gpu_search(settings: Settings, fullest: int, entries: int) -> None:
     """What :func:`ask_ray.knowledge.index.retrieve` asks for against what FAISS does on a GPU: workers would fail at their first
     search."""
     ask, knowledge = settings.ask, settings.knowledge
-    excluded = {"none": 0, "self": 1, "batch": workers_of(settings) * settings.training.batch_size}[ask.exclude]
+    excluded = _excluded(settings)
     asked = min(ask.neighbours + excluded * fullest, entries)
     if asked > GPU_SEARCH:
         smaller = ", training.batch_size" if ask.exclude == "batch" else ""

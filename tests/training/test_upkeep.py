@@ -146,22 +146,25 @@ def quick_to_despair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ask_ray.knowledge.requests.DEATHS", 3)
 
 
-@pytest.mark.usefixtures("quick_to_despair")
-def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
-    bench = start(mode="sync")
+def forsaken(start: Callable[..., Bench], mode: str) -> Upkeep:
+    """An upkeep whose refiner is dead for good."""
+    bench = start(mode=mode)
     upkeep = bench.upkeep()
     upkeep.begin(0, None, Clock(), {})
     ray.kill(bench.refiner)
+    return upkeep
+
+
+@pytest.mark.usefixtures("quick_to_despair")
+def test_waiting_for_a_refiner_that_is_dead_for_good_ends_with_an_error(start):
+    upkeep = forsaken(start, "sync")
     with pytest.raises(RefinerDied, match="is not restarted"):
         upkeep.refresh(0, "a test", wait=True)
 
 
 @pytest.mark.usefixtures("quick_to_despair")
 def test_training_does_not_go_on_without_noticing_that_the_refiner_is_dead_for_good(start):
-    bench = start(mode="async")
-    upkeep = bench.upkeep()
-    upkeep.begin(0, None, Clock(), {})
-    ray.kill(bench.refiner)
+    upkeep = forsaken(start, "async")
     upkeep.refresh(0, "a test", wait=False)
 
     def noticed() -> bool:
