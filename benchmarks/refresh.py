@@ -5,13 +5,15 @@
 
 encoding: clips a second of one encoder actor, its start-up aside, over those of a plain loop over the same
     batches with the same model in an actor of the same share. In turn, so that whatever else the machine does falls on both.
-swap: milliseconds that a swap takes of the step loop of two data-parallel processes, with 100 000 entries of 512 numbers.
+swap: milliseconds that a swap takes of the step loop of two data-parallel processes, with 100 000 entries of 512 numbers; then
+    with write-back, where a version takes over what was overwritten while it was made.
 modes: seconds of the same training steps in `async` over those in `sync` mode, with two workers (no core is idle) and with one.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import statistics
@@ -30,6 +32,7 @@ from ray.actor import ActorHandle
 from step_overhead import batch_of, rows
 
 from ask_ray.config import PoolSettings, load
+from ask_ray.data.batches import Batch
 from ask_ray.data.prepare import prepare
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
@@ -161,14 +164,18 @@ def _unit(drawn: np.ndarray) -> np.ndarray:
 class Rank:
     """One of two data-parallel processes that step, read the knowledge base, and swap."""
 
-    def __init__(self, rank: int, place: str, dim: int, line: ActorHandle, journal: Journal) -> None:
+    def __init__(
+        self, rank: int, place: str, dim: int, entries: int, write_back: bool, line: ActorHandle, journal: Journal
+    ) -> None:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=RANKS)
-        self._settings = load({"model": {"dim": dim}, "knowledge": {"refresh": {"policy": "static"}}})
+        knowledge = {"refresh": {"policy": "static"}, "corrections": {"write_back": write_back}}
+        self._settings = load({"model": {"dim": dim}, "knowledge": knowledge})
+        self._ids = np.random.default_rng(rank).permutation(np.arange(rank, entries, RANKS))  # no pair is on two ranks
         model = registry.build(self._settings.model, 16000)
         self._batch = batch_of(model, 32, 64000, rank)
         cpu = torch.device("cpu")
-        replica = Replica(line, Folder(place) / "knowledge", "benchmark", dim, cpu, journal, rank)
+        replica = Replica(line, Folder(place) / "knowledge", "benchmark", dim, cpu, journal, rank, corrected=write_back)
         gauges = Gauges("benchmark")
         self._upkeep = Upkeep(self._settings.knowledge, replica, line, journal, gauges, model, 10**6, rank, cpu)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -181,28 +188,41 @@ class Rank:
         while self._upkeep.version < swaps:
             started = time.perf_counter()
             self._upkeep.before_step(len(took), epoch_starts=False)
-            self._stepper.take(self._batch, self._upkeep.known)
+            taken = self._stepper.take(self._next(len(took)), self._upkeep.known)
+            self._upkeep.after_step(taken, len(took) + 1)
             took.append(time.perf_counter() - started)
         return took
 
+    def _next(self, step: int) -> Batch:
+        """The batch of a step, with the ids of other entries each time."""
+        places = step * len(self._batch.ids) + np.arange(len(self._batch.ids))
+        return dataclasses.replace(self._batch, ids=torch.from_numpy(self._ids[places % len(self._ids)]))
+
 
 def swap(swaps: int, entries: int, dim: int) -> bool:
-    """Whether swaps are short enough. The versions are published while two processes step."""
+    """Whether swaps are short enough, without and with write-back."""
+    short = [_swap(swaps, entries, dim, write_back) for write_back in (False, True)]
+    return all(short)
+
+
+def _swap(swaps: int, entries: int, dim: int, write_back: bool) -> bool:
+    """The versions are published while two processes step, each as of the step at which the last one came into use."""
     start_ray()
+    name = "swap, with write-back" if write_back else "swap"
     with tempfile.TemporaryDirectory() as place:
         try:
-            print("swap: building a version", end="", flush=True)
+            print(f"{name}: building a version", end="", flush=True)
             told, whole, paired, built = large(entries, dim)
             line = Line.options(max_concurrency=8).remote()  # type: ignore[attr-defined]
             journal, keeper = Journal.start()
-            ranks = [Rank.remote(rank, place, dim, line, journal) for rank in range(RANKS)]  # type: ignore[attr-defined]
-            stepping, home = [rank.run.remote(swaps) for rank in ranks], Folder(place) / "knowledge"
+            made = [Rank.remote(rank, place, dim, entries, write_back, line, journal) for rank in range(RANKS)]  # type: ignore[attr-defined]
+            stepping, home, step = [rank.run.remote(swaps) for rank in made], Folder(place) / "knowledge", 0
             for version in range(1, swaps + 1):
-                snapshot.publish(home, version, told, whole, paired, built, {"run": "benchmark", "encoder_step": 0})
+                snapshot.publish(home, version, told, whole, paired, built, {"run": "benchmark", "encoder_step": step})
                 ray.get(line.add.remote(version))
-                _wait_for(journal, version)
+                step = _swapped_at(journal, version)
                 snapshot.prune(home, 2, [])
-                print(f"\rswap: version {version} of {swaps}    ", end="", flush=True)
+                print(f"\r{name}: version {version} of {swaps}    ", end="", flush=True)
             steps = [one for took in ray.get(stepping) for one in took]
             took = [event["swap_ms"] for event in journal.events() if event["kind"] == "swapped"]
             ray.kill(keeper)
@@ -210,16 +230,19 @@ def swap(swaps: int, entries: int, dim: int) -> bool:
             ray.shutdown()
     worst = float(np.percentile(took, 95))
     print(
-        f"\rswap: N = {entries}, d = {dim}: {statistics.median(took):.1f} ms in the median, {worst:.1f} ms at the 95th "
+        f"\r{name}: N = {entries}, d = {dim}: {statistics.median(took):.1f} ms in the median, {worst:.1f} ms at the 95th "
         f"percentile of {len(took)} (bar {SWAP_MS:.0f}); steps meanwhile {1000 * statistics.median(steps):.0f} ms in the median, "
         f"{1000 * float(np.percentile(steps, 99)):.0f} ms at the 99th percentile"
     )
     return worst <= SWAP_MS
 
 
-def _wait_for(journal: Journal, version: int) -> None:
-    """Wait until all ranks have swapped to a version."""
-    while sum(event["kind"] == "swapped" and event["version"] == version for event in journal.events()) < RANKS:
+def _swapped_at(journal: Journal, version: int) -> int:
+    """The step from which all ranks use a version, when they do."""
+    while True:
+        steps = [event["step"] for event in journal.events() if event["kind"] == "swapped" and event["version"] == version]
+        if len(steps) == RANKS:
+            return max(steps)
         time.sleep(0.1)
 
 

@@ -5,9 +5,14 @@ Two corrections, alone or together: fresh rows overwrite their entries (write-ba
 own, in the same order, and all stay the same to the bit: nothing here is random. On machines of one kind, only the number of
 threads may change the last bits of a matrix product, and with them the inverted list of an entry between two. So ranks use
 equally many.
+
+What was overwritten while a newer version was made, that version takes over a few entries a step: to move thousands between
+inverted lists takes seconds, and a swap must not.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -22,8 +27,50 @@ from ask_ray.method.tensors import check_shape
 #: Rows mapped at a time: it bounds the memory that a map takes beside the rows.
 BLOCK = 65536
 
+#: What of a checkpoint is still to be taken of an older version.
+WAITING = "waiting."
+
 #: What `written` says of an entry that was never overwritten.
 NEVER = -1
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Rows of an older version that are fresher than a newer one's, which has still to take them; the freshest first.
+
+    entries: (n,) int64, whose rows they are. places: (n,) int64, where those lie in the other four.
+    audio, text: (M, d) float32; since, written: (M,) int64, as of an :class:`Overlay`. They may be an older overlay's own, which
+    nobody changes any more: nothing is copied before it is taken.
+    """
+
+    entries: np.ndarray
+    places: np.ndarray
+    audio: Tensor
+    text: Tensor
+    since: np.ndarray
+    written: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def of(self, wanted: slice) -> Waiting:
+        """Some of them."""
+        return Waiting(self.entries[wanted], self.places[wanted], self.audio, self.text, self.since, self.written)
+
+    def fresher_than(self, step: int) -> int:
+        """How many were overwritten after a step: these are the first."""
+        return int(np.count_nonzero(self.written[self.places] > step))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """As copies, without anything else of the older version."""
+        rows = {"audio": self.audio[self.places].numpy(), "text": self.text[self.places].numpy()}
+        return {"entries": self.entries.copy(), **rows, "since": self.since[self.places], "written": self.written[self.places]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> Waiting:
+        """What :meth:`state` told of."""
+        rows = torch.from_numpy(state["audio"]), torch.from_numpy(state["text"])
+        return cls(state["entries"], np.arange(len(state["entries"])), *rows, state["since"], state["written"])
 
 
 class Overlay:
@@ -52,6 +99,7 @@ class Overlay:
         self.encoder_step = encoder_step
         self.since = np.full(len(self.audio), encoder_step, np.int64)
         self.written = np.full(len(self.audio), NEVER, np.int64)
+        self._waiting: Waiting | None = None
 
     def write(self, entries: Tensor, audio: Tensor, text: Tensor, step: int) -> None:
         """Overwrite entries with rows just encoded.
@@ -79,7 +127,8 @@ class Overlay:
     def apply(self, audio_map: Tensor, text_map: Tensor, step: int, after: int) -> None:
         """Move entries and prototypes by linear maps from stored to fresh rows, and normalise them.
 
-        Entries fitted at step `after` or later stay: they are fresher than what the maps start from.
+        Entries fitted at step `after` or later stay: they are fresher than what the maps start from. What is still to be taken of
+        an older version is taken before, and moved with the others.
 
         Args:
             audio_map, text_map: (d, d), from :func:`ask_ray.method.drift.drift_map`. Fitted on one rank and sent to all:
@@ -94,6 +143,7 @@ class Overlay:
             check_shape(name, matrix, (self.audio.shape[1],) * 2)
             if not matrix.isfinite().all():
                 raise ValueError(f"{name} must be finite; look for the step at which training diverged")
+        self.catch_up()
         stale = np.flatnonzero(self.since < after)
         self.since[stale] = step
         tables = (self.audio, self.prototypes_audio, self.audio_index), (self.text, self.prototypes_text, self.text_index)
@@ -103,29 +153,42 @@ class Overlay:
             prototypes.copy_(apply_map(prototypes, matrix))
             indexes.remap(index, matrix.numpy(), rows.numpy())
 
-    def carry_over(self, older: Overlay, here: np.ndarray | None = None, there: np.ndarray | None = None) -> int:
-        """Take from an older version's overlay the entries overwritten since this version's encoding: they are fresher.
+    def carry_over(self, older: Overlay) -> int:
+        """Begin to take from an older version's overlay the entries overwritten since this version's encoding: they are fresher.
+
+        Nothing is moved yet, so that a swap takes no longer for them: :meth:`catch_up` moves them, some with each step.
 
         Args:
-            here, there: (n,) int64 each, the same entries in this version and in the older one, each once; by default both
-                versions have the same entries in the same order.
+            older: of the same entries in the same order. Nobody may change it from now on.
 
         Returns:
-            how many entries were taken.
+            how many entries there are to take.
 
         Raises:
-            ValueError: versions of different sizes where no entries are given.
+            ValueError: versions of different sizes.
         """
-        if here is None or there is None:
-            if len(older.since) != len(self.since):
-                raise ValueError(f"{len(older.since)} and {len(self.since)} entries: say which are the same")
-            here = there = np.arange(len(self.since))
-        fresher = older.written[there] > self.encoder_step
-        here, there = here[fresher], there[fresher]
-        self._put(here, older.audio[there], older.text[there])
-        self.since[here] = older.since[there]
-        self.written[here] = older.written[there]
-        return len(here)
+        if len(older.since) != len(self.since):
+            raise ValueError(f"{len(older.since)} and {len(self.since)} entries: versions of one run have the same")
+        if older._waiting is not None:
+            older.catch_up(older._waiting.fresher_than(self.encoder_step))  # few: it has been in use for longer
+        fresher = np.flatnonzero(older.written > self.encoder_step)
+        fresher = fresher[np.argsort(-older.written[fresher], kind="stable")]
+        if len(fresher):
+            self._waiting = Waiting(fresher, fresher, older.audio, older.text, older.since, older.written)
+        return len(fresher)
+
+    def catch_up(self, count: int | None = None) -> None:
+        """Take up to `count` of the entries that :meth:`carry_over` found, or all; those overwritten here since then stay."""
+        if self._waiting is None:
+            return
+        count = len(self._waiting) if count is None else count
+        now, later = self._waiting.of(slice(count)), self._waiting.of(slice(count, None))
+        self._waiting = later if len(later) else None  # an empty one would hold the older version's memory
+        wanted = self.written[now.entries] == NEVER
+        here, there = now.entries[wanted], now.places[wanted]
+        self._put(here, now.audio[there], now.text[there])
+        self.since[here] = now.since[there]
+        self.written[here] = now.written[there]
 
     def share(self) -> float:
         """The share of entries corrected in any way since the version was opened, in [0, 1]."""
@@ -144,7 +207,8 @@ class Overlay:
         rows = {name: getattr(self, name).numpy().copy() for name in ("audio", "text", "prototypes_audio", "prototypes_text")}
         steps = {"since": self.since.copy(), "written": self.written.copy(), "encoder_step": np.array([self.encoder_step])}
         built = {name: faiss.serialize_index(getattr(self, name)) for name in ("audio_index", "text_index")}
-        return {**rows, **steps, **built}
+        waiting = {f"{WAITING}{name}": value for name, value in self._waiting.state().items()} if self._waiting else {}
+        return {**rows, **steps, **built, **waiting}
 
     @classmethod
     def of(cls, state: dict[str, np.ndarray]) -> Overlay:
@@ -156,6 +220,8 @@ class Overlay:
             int(state["encoder_step"][0]),
         )
         made.since, made.written = (np.require(state[name], np.int64, ["C", "W"]) for name in ("since", "written"))
+        waiting = {name.removeprefix(WAITING): value for name, value in state.items() if name.startswith(WAITING)}
+        made._waiting = Waiting.from_state(waiting) if waiting else None
         return made
 
     def _put(self, entries: np.ndarray, audio: Tensor, text: Tensor) -> None:

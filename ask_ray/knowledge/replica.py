@@ -219,7 +219,8 @@ class Replica:
         return self._seen >= version
 
     def swap(self, version: int) -> None:
-        """Use a loaded version from now on and let older ones go. Entries overwritten since its encoding keep their rows."""
+        """Use a loaded version from now on and let older ones go. It will catch up with the entries overwritten since its
+        encoding."""
         with self._lock:
             older, newer = self.current, self._loaded[version]
             if newer.overlay is not None and older is not None and older.overlay is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 from ask_ray.config import TrainingSettings
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
+from ask_ray.storage import Folder, StorageError, patiently
 from ask_ray.training import checkpoint, evaluation
 
 
-def validation_of(training: TrainingSettings, journal: Journal) -> ValidationConfig | None:
-    """How Ray Train validates a run's checkpoints, None if it is not to.
+def validation_of(training: TrainingSettings, run: Folder, journal: Journal) -> ValidationConfig | None:
+    """How Ray Train validates the checkpoints in a run's folder, None if it is not to.
 
     A task whose process dies is tried again: Ray Train would otherwise fail the run for it. One that cannot be scheduled
     ends by its timeout: Ray Train would otherwise wait for it for ever.
@@ -24,13 +25,14 @@ def validation_of(training: TrainingSettings, journal: Journal) -> ValidationCon
         return None
     return ValidationConfig(
         validate,  # type: ignore[arg-type]
-        ValidationTaskConfig(fn_kwargs={"journal": journal.name}, timeout_s=training.evaluation_timeout_seconds),
+        ValidationTaskConfig(fn_kwargs={"run": run.uri, "journal": journal.name}, timeout_s=training.evaluation_timeout_seconds),
         {"num_cpus": training.evaluation_cpus, "max_retries": -1},
     )
 
 
-def validate(saved: Checkpoint, journal: str) -> dict[str, Any]:
-    """Evaluate a checkpoint on its corpus's validation split and tell the journal of that name, as an event `validated`.
+def validate(saved: Checkpoint, run: str, journal: str) -> dict[str, Any]:
+    """Evaluate a run's checkpoint on its corpus's validation split and tell the journal of that name, as an event `validated`.
+    Storage that is away meanwhile is tried again for a while.
 
     Returns:
         the figures, as an event `epoch` holds them after evaluation by the workers.
@@ -39,10 +41,15 @@ def validate(saved: Checkpoint, journal: str) -> dict[str, Any]:
         CheckpointError, SettingsError: if the checkpoint or its corpus cannot be read. Whatever goes wrong is told as an event
             `not validated` too, for Ray Train goes on without the figures.
     """
+
+    def away(error: StorageError) -> None:
+        Journal(journal).tell("not fetched", place=saved.path, problem=str(error))
+
     try:
-        with saved.as_directory() as folder:
-            model, settings, place = checkpoint.open_model(Path(folder))
-        encoded = evaluation.encode_split(model, Corpus.open(place.corpus), "validation", settings, torch.device("cpu"))
+        with checkpoint.fetched(Folder.at(run) / PurePosixPath(saved.path).name, away) as folder:
+            model, settings, place = checkpoint.open_model(folder)
+        corpus = patiently(lambda: Corpus.open(place.corpus), away)
+        encoded = evaluation.encode_split(model, corpus, "validation", settings, torch.device("cpu"))
         figures = evaluation.flat_figures(evaluation.both_ways(encoded))
     except Exception as error:
         Journal(journal).tell("not validated", problem=f"{type(error).__name__}: {error}")

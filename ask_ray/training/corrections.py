@@ -41,6 +41,7 @@ class Corrections:
             self._window.append(tuple(row.clone() for row in rows))
         if self._settings.write_back:
             overlay.write(entry, audio, text, step)
+            overlay.catch_up(len(entry))  # what the last swap left: at the pace at which it was written
         if self._settings.drift_map and step - self._began >= self._length:
             self._map(overlay, step)
             self.begin(step)

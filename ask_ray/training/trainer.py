@@ -245,7 +245,7 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
         ),
-        validation_config=validation_of(training, journal),  # type: ignore[call-arg]
+        validation_config=validation_of(training, place.folder, journal),  # type: ignore[call-arg]
     )
     try:
         return trainer.fit()

@@ -1,5 +1,7 @@
 """Corrected versions against brute force over rows kept by hand, with exact and inverted-list indexes."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import faiss
@@ -111,6 +113,8 @@ def test_a_newer_version_takes_over_what_was_overwritten_since_its_encoding(file
         older.write(torch.arange(first, first + 20), *rows, step)
     older.apply(near_rotation(1), near_rotation(2), STEP + 61, after=STEP + 1)
     assert newer.carry_over(older) == 20
+    assert newer.share() == 0, "nothing is moved at a swap"
+    newer.catch_up()
     np.testing.assert_array_equal(newer.audio[20:40], unit(20, STEP + 60))
     np.testing.assert_array_equal(newer.audio[:20], unit(ENTRIES, 1)[:20])
     assert newer.share() == 20 / ENTRIES
@@ -178,17 +182,87 @@ def test_a_state_goes_through_a_file_of_tensors(files, tmp_path):
     np.testing.assert_array_equal(told["audio"][:9], unit(9, 8))
 
 
-def test_entries_that_a_newer_version_has_elsewhere_are_taken_to_where_they_are(files):
+def test_a_newer_version_catches_up_the_freshest_first(files):
     older, newer = opened(files), opened(files, step=STEP + 50)
-    rows = torch.from_numpy(unit(20, 8)), torch.from_numpy(unit(20, 9))
-    older.write(torch.arange(20), *rows, STEP + 60)
-    older.write(torch.arange(5), *(row[:5] for row in rows), STEP + 70)
-    there, here = np.arange(0, 30, 3), np.arange(ENTRIES - 1, ENTRIES - 11, -1)  # entries 0, 3 … 27, the first 7 overwritten
-    assert newer.carry_over(older, here, there) == 7
-    np.testing.assert_array_equal(newer.text[here[:7]], unit(20, 9)[:20:3])
-    np.testing.assert_array_equal(newer.written[here], [STEP + 70] * 2 + [STEP + 60] * 5 + [-1] * 3)
-    assert (newer.written >= 0).sum() == 7
+    for first, step in ((0, STEP + 60), (10, STEP + 80), (20, STEP + 70), (30, STEP + 50)):
+        older.write(torch.arange(first, first + 10), *(torch.from_numpy(unit(10, step + side)) for side in (0, 1)), step)
+    assert newer.carry_over(older) == 30
+    newer.catch_up(15)
+    np.testing.assert_array_equal(np.flatnonzero(newer.written >= 0), np.arange(10, 25))
+    np.testing.assert_array_equal(newer.written[10:25], [STEP + 80] * 10 + [STEP + 70] * 5)
+    np.testing.assert_array_equal(newer.audio[10:20], unit(10, STEP + 80))
     check(newer)
+    newer.catch_up(100)
+    np.testing.assert_array_equal(np.flatnonzero(newer.written >= 0), np.arange(30))
+    check(newer)
+
+
+def test_what_was_overwritten_since_a_swap_is_fresher_than_what_the_older_version_had(files):
+    older, newer = opened(files), opened(files, step=STEP + 50)
+    older.write(torch.arange(20), torch.from_numpy(unit(20, 8)), torch.from_numpy(unit(20, 9)), STEP + 60)
+    newer.carry_over(older)
+    newer.write(torch.arange(5), torch.from_numpy(unit(5, 1)), torch.from_numpy(unit(5, 2)), STEP + 61)
+    newer.catch_up()
+    np.testing.assert_array_equal(newer.audio[:5], unit(5, 1))
+    np.testing.assert_array_equal(newer.text[5:20], unit(20, 9)[5:])
+    np.testing.assert_array_equal(newer.since[:20], [STEP + 61] * 5 + [STEP + 60] * 15)
+
+
+def test_a_map_moves_also_what_was_still_to_be_taken(files):
+    """Else it would be put beside entries that the map has moved, and never follow it."""
+    older, later, at_once = opened(files), opened(files, step=STEP + 50), opened(files, step=STEP + 50)
+    older.write(torch.arange(20), torch.from_numpy(unit(20, 8)), torch.from_numpy(unit(20, 9)), STEP + 60)
+    for made in (later, at_once):
+        made.carry_over(older)
+    at_once.catch_up()
+    later.catch_up(3)
+    for made in (later, at_once):
+        made.apply(near_rotation(1), near_rotation(2), STEP + 65, after=STEP + 61)
+    np.testing.assert_array_equal(later.audio, at_once.audio)
+    np.testing.assert_array_equal(later.since, at_once.since)
+    check(later)
+
+
+def test_a_version_that_never_caught_up_hands_on_what_is_fresher_than_the_next(files):
+    first, second, third = (opened(files, step) for step in (STEP, STEP + 50, STEP + 70))
+    for begin, step in ((0, STEP + 60), (10, STEP + 80)):
+        first.write(torch.arange(begin, begin + 10), *(torch.from_numpy(unit(10, step + side)) for side in (0, 1)), step)
+    assert second.carry_over(first) == 20
+    second.write(torch.arange(30, 34), torch.from_numpy(unit(4, 1)), torch.from_numpy(unit(4, 2)), STEP + 90)
+    assert third.carry_over(second) == 14
+    third.catch_up()
+    np.testing.assert_array_equal(np.flatnonzero(third.written >= 0), [*range(10, 20), *range(30, 34)])
+    np.testing.assert_array_equal(third.text[10:20], unit(10, STEP + 81))
+
+
+def test_what_is_still_to_be_taken_survives_a_checkpoint(files, tmp_path):
+    older, newer = opened(files), opened(files, step=STEP + 50)
+    older.write(torch.arange(20), torch.from_numpy(unit(20, 8)), torch.from_numpy(unit(20, 9)), STEP + 60)
+    newer.carry_over(older)
+    newer.catch_up(7)
+    save_file(newer.state(), tmp_path / "memory.safetensors")
+    again = Overlay.of(load_file(tmp_path / "memory.safetensors"))
+    for made in (newer, again):
+        made.catch_up(5)
+    for name, value in newer.state().items():
+        np.testing.assert_array_equal(value, again.state()[name], err_msg=name)
+    assert (again.written >= 0).sum() == 12
+    for made in (newer, again):
+        made.catch_up()
+    np.testing.assert_array_equal(again.audio, newer.audio)
+    assert (again.written >= 0).sum() == 20
+
+
+def test_an_older_version_is_let_go_when_nothing_of_it_is_left_to_take(files):
+    older, newer = opened(files), opened(files, step=STEP + 50)
+    older.write(torch.arange(4), torch.from_numpy(unit(4, 8)), torch.from_numpy(unit(4, 9)), STEP + 60)
+    newer.carry_over(older)
+    held = weakref.ref(older.audio)
+    del older
+    assert held() is not None
+    newer.catch_up(4)
+    gc.collect()
+    assert held() is None
 
 
 def test_a_row_written_with_the_weights_of_the_encoding_is_no_fresher_than_it(files):
@@ -199,10 +273,10 @@ def test_a_row_written_with_the_weights_of_the_encoding_is_no_fresher_than_it(fi
     assert older.share() == 5 / ENTRIES
 
 
-def test_versions_of_different_sizes_need_to_be_told_which_entries_are_the_same(files):
+def test_versions_of_different_sizes_are_not_of_one_run(files):
     state = opened(files).state()
     shorter = Overlay.of({**state, "since": state["since"][1:], "written": state["written"][1:]})
-    with pytest.raises(ValueError, match="which are the same"):
+    with pytest.raises(ValueError, match="versions of one run"):
         opened(files).carry_over(shorter)
 
 

@@ -1,6 +1,9 @@
 """Evaluation beside training: a saved checkpoint's figures, told to the journal; what cannot be read is told too."""
 
+import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -10,6 +13,7 @@ import torch
 from ask_ray.config import load
 from ask_ray.journal import Journal
 from ask_ray.models import registry
+from ask_ray.storage import Folder
 from ask_ray.training import beside, checkpoint, evaluation
 from ask_ray.training.checkpoint import CheckpointError, Place
 from ask_ray.training.step import Stepper
@@ -54,7 +58,7 @@ def told(journal: Journal) -> dict:
 
 def test_a_checkpoint_has_the_figures_of_its_model(saved, small_corpus, journal):
     held, model = saved
-    figures = beside.validate(held, journal.name)
+    figures = beside.validate(held, str(Path(held.path).parent), journal.name)
     encoded = evaluation.encode_split(model, small_corpus, "validation", SETTINGS, torch.device("cpu"))
     assert figures == evaluation.flat_figures(evaluation.both_ways(encoded))
     assert figures["t2a_n"] == figures["a2t_n"] == small_corpus.clips("validation") == 7
@@ -68,15 +72,33 @@ def test_a_damaged_checkpoint_is_told_by_name(saved, journal):
     with held.as_directory() as folder, open(f"{folder}/model.safetensors", "r+b") as file:  # noqa: PTH123
         file.truncate(100)
     with pytest.raises(CheckpointError):
-        beside.validate(held, journal.name)
+        beside.validate(held, str(Path(held.path).parent), journal.name)
     event = told(journal)
     assert event["kind"] == "not validated"
     assert held.path in event["problem"]
 
 
 def test_only_a_run_that_evaluates_beside_training_has_a_validation(journal):
-    config = beside.validation_of(SETTINGS.training, journal)
+    config = beside.validation_of(SETTINGS.training, Folder.at("/runs/one"), journal)
     assert config.ray_remote_kwargs == {"num_cpus": 0.3, "max_retries": -1}, "a task that dies is tried again"
     assert config.task_config.timeout_s == 7.0
     for never in ({"evaluation": "workers"}, {"evaluate_every": 0}, {"evaluate_every": 15}):
-        assert beside.validation_of(SETTINGS.training.model_copy(update=never), journal) is None
+        assert beside.validation_of(SETTINGS.training.model_copy(update=never), Folder.at("/runs/one"), journal) is None
+
+
+def test_an_evaluation_waits_for_storage_that_is_away(saved, s3, small_corpus, journal, tmp_path):
+    held, model = saved
+    run = s3.uri(f"bucket/{tmp_path.name}")
+    (Folder.at(run) / "checkpoint_one").upload(Path(held.path))
+    there = ray.train.Checkpoint((Folder.at(run) / "checkpoint_one").resolve()[1], Folder.at(run).resolve()[0])
+    s3.process.send_signal(signal.SIGSTOP)
+    back = threading.Thread(target=lambda: (told(journal), s3.process.send_signal(signal.SIGCONT)))
+    back.start()
+    try:
+        figures = beside.validate(there, run, journal.name)
+    finally:  # other tests use it too
+        s3.process.send_signal(signal.SIGCONT)
+    back.join()
+    encoded = evaluation.encode_split(model, small_corpus, "validation", SETTINGS, torch.device("cpu"))
+    assert figures == evaluation.flat_figures(evaluation.both_ways(encoded))
+    assert "checkpoint_one" in journal.read()[0][0]["problem"]

@@ -113,3 +113,18 @@ def test_a_window_without_pairs_maps_nothing(overlay):
     nothing = Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, DIM), torch.zeros(0, DIM))
     corrections.after_step(overlay, nothing, 50)
     np.testing.assert_array_equal(overlay.state()["audio"], before["audio"])
+
+
+def test_each_step_takes_as_many_of_an_older_versions_entries_as_it_overwrites(overlay):
+    newer, corrections = Overlay.of(overlay.state()), made(True, False)
+    run(corrections, overlay, 1, 6)
+    fresher = set(np.flatnonzero(overlay.written >= 0))
+    assert newer.carry_over(overlay) == len(fresher)
+    own: set[int] = set()
+    for step in range(6, 6 + -(-len(fresher) // BATCH)):
+        run(corrections, newer, step, step + 1)
+        own |= set(np.flatnonzero(newer.written == step + 1))
+        taken = set(np.flatnonzero(newer.written >= 0)) - own
+        assert taken <= fresher
+        assert len(taken) <= (step - 5) * BATCH
+    assert set(np.flatnonzero(newer.written >= 0)) == own | fresher
