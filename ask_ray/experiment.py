@@ -238,6 +238,7 @@ class Monitor:
         self._recorder, self._console, self._listen = recorder, console, listen
         self.events: list[dict[str, Any]] = folder.read_json("history.json") if folder.exists("history.json") else []
         self._unsaved = False
+        self._told: set[tuple[str, int, int | None]] = set()
         self._follower = Follower(journal, self._heed)
 
     def __enter__(self) -> Monitor:
@@ -287,6 +288,9 @@ class Monitor:
             self._console.print(f"  [red]training diverged[/]: {event['problem']}")
         elif kind in ("failed", "refused"):
             self._console.print(f"  [red]knowledge base v{event['version']} {kind}[/]: {event['problem']}")
+        elif kind in ("unreadable", "not published") and (told := (kind, event["version"], event.get("rank"))) not in self._told:
+            self._told.add(told)  # once, however often it is tried again
+            self._console.print(f"  [yellow]knowledge base v{event['version']} {kind} yet[/]: {event['problem']}")
 
     def _epoch_line(self, event: dict[str, Any]) -> str:
         parts = [f"epoch {event['epoch']:>3}/{self._settings.training.epochs}", f"loss {event['loss']:.3f}"]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,21 +38,22 @@ Made = TypeVar("Made")
 Tell = Callable[[StorageError], None]
 
 
-def patiently(act: Callable[[], Made], tell: Tell) -> Made:
-    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`; `tell` hears of every failure.
+def patiently(act: Callable[[], Made], tell: Tell, stopped: threading.Event | None = None) -> Made:
+    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`, or until `stopped` is set; `tell` hears of
+    every failure.
 
     Raises:
         StorageError: the last one.
     """
     end, pause = time.monotonic() + PATIENCE, 0.5
+    stopped = stopped or threading.Event()
     while True:
         try:
             return act()
         except StorageError as error:
             tell(error)
-            if time.monotonic() + pause > end:
+            if time.monotonic() + pause > end or stopped.wait(pause):
                 raise
-        time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -143,6 +145,10 @@ class Folder:
             raise
         except OSError as error:
             raise StorageError(f"{self}: {error}") from error
+
+    def patiently(self, act: Callable[[], Made], tell: Tell) -> Made:
+        """What `act` returns that reads or writes here: on remote storage :func:`patiently`. A disk that fails is not away."""
+        return act() if self.local is not None else patiently(act, tell)
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""

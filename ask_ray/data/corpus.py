@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ask_ray.config import SettingsError
 from ask_ray.data.schema import FORMAT, KEPT, ROW_GROUP, SPLITS, Kept
 from ask_ray.modality import Form
-from ask_ray.storage import Folder, StorageError, patiently
+from ask_ray.storage import Folder, StorageError
 
 LOG = logging.getLogger(__name__)
 
@@ -176,8 +176,7 @@ class Corpus:
         Raises:
             StorageError: if it stays away, or the file is damaged.
         """
-        local = self.folder.local is not None
-        table = self._table(group) if local else patiently(lambda: self._table(group), _not_read)
+        table = self.folder.patiently(lambda: self._table(group), _not_read)
         held = table.column(self.kept.samples).combine_chunks()
         sides = [table.column(name).to_numpy() for name in self.kept.sides]
         ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))

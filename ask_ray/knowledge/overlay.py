@@ -190,6 +190,11 @@ class Overlay:
         self.since[here] = now.since[there]
         self.written[here] = now.written[there]
 
+    @property
+    def waiting(self) -> int:
+        """How many entries are still to be taken by :meth:`catch_up`."""
+        return 0 if self._waiting is None else len(self._waiting)
+
     def share(self) -> float:
         """The share of entries corrected in any way since the version was opened, in [0, 1]."""
         return float(np.mean((self.written != NEVER) | (self.since > self.encoder_step)))

@@ -103,7 +103,8 @@ class Adaptive:
             return None
         if now.drift is not None and now.drift > self.threshold:
             return f"RDM {now.drift:.3f} passed {self.threshold:g}, {since} steps since the last"
-        return f"{since} steps since the last, RDM still under {self.threshold:g}" if since >= self.ceiling else None
+        seen = "no reading of RDM" if now.drift is None else f"RDM still under {self.threshold:g}"
+        return f"{since} steps since the last, {seen}" if since >= self.ceiling else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.encoding import EncodingError, EncodingPlan, encode
 from ask_ray.knowledge.snapshot import Embeddings
 from ask_ray.models.weights import not_finite
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError
 
 #: Beside the versions: where the run's current line of versions begins.
 LINE = "line.json"
@@ -79,7 +79,8 @@ def refresh(
     journal: Journal,
     refiner: ActorHandle,
 ) -> dict[str, Any]:
-    """Encode the source with `weights[0]`, build prototypes and indexes, publish the version.
+    """Encode the source with `weights[0]`, build prototypes and indexes, publish the version. Storage that is away when all is
+    made is tried again for a while, so that nothing is encoded twice.
 
     Args:
         refiner: is told of every piece of progress.
@@ -120,7 +121,12 @@ def refresh(
         "encode_seconds": encoded - started,
         "build_seconds": time.time() - encoded,
     }
-    return snapshot.publish(plan.home, version, entries, rows, paired, built, facts)
+
+    def away(error: StorageError) -> None:
+        refiner.progressed.remote(version)
+        journal.tell("not published", version=version, problem=str(error))
+
+    return plan.home.patiently(lambda: snapshot.publish(plan.home, version, entries, rows, paired, built, facts), away)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=5)

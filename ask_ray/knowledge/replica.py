@@ -20,10 +20,7 @@ from ask_ray.knowledge.index import retrieve
 from ask_ray.knowledge.overlay import Overlay
 from ask_ray.knowledge.requests import AWAY
 from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries, Snapshot, SnapshotError, open_snapshot
-from ask_ray.storage import Folder
-
-#: Seconds between tries to read a version from storage that is away.
-LONGEST_PAUSE = 10.0
+from ask_ray.storage import Folder, StorageError, Tell, patiently
 
 
 @dataclass(frozen=True)
@@ -178,16 +175,18 @@ class Replica:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._seen = 0
+        self._problem: StorageError | None = None
         self.current: Knowledge | None = None
 
-    def open(self, version: int) -> None:
-        """Use `version` from the start, 0 for none.
+    def open(self, version: int, away: Tell) -> None:
+        """Use `version` from the start, 0 for none. Storage that is away is tried again for a while; `away` hears of it.
 
         Raises:
             SnapshotError: if the version cannot be opened.
+            StorageError: if it stays away.
         """
         if version:
-            self.current = self._open(version)
+            self.current = self._home.patiently(lambda: self._open(version), away)
 
     def watch(self, version: int) -> None:
         """Load the versions after `version` in the background, from now on."""
@@ -205,7 +204,14 @@ class Replica:
 
     @property
     def newest(self) -> int:
-        """The newest version loaded, which may be the one in use."""
+        """The newest version loaded, which may be the one in use.
+
+        Raises:
+            StorageError: if a version could not be read for longer than storage is waited for: training on without new ones, on
+                all ranks, would pass unnoticed.
+        """
+        if self._problem is not None:
+            raise self._problem
         with self._lock:
             return max(self._loaded, default=self.version)
 
@@ -231,16 +237,26 @@ class Replica:
     def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:
         """Wait until the background thread has loaded or refused `version`; one that takes longer is told as refused."""
         end = time.monotonic() + seconds
-        while not self.seen(version) and time.monotonic() < end:
+        while not self.seen(version) and self._problem is None and time.monotonic() < end:
             time.sleep(0.005)
         if not self.seen(version):
             problem = f"not loaded in {seconds:g} s: v{self.version} stays in use"
             self._journal.tell("refused", version=version, rank=self._rank, problem=problem)
 
     def _open(self, version: int) -> Knowledge:
+        """Raises SnapshotError if something is wrong with the version, StorageError if its storage or the disk of copies is."""
         gpu = (self._device.index or 0) if self._device.type == "cuda" else None
-        opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected, self._cache)
-        return Knowledge(opened, self._device, overlay_of(opened) if self._corrected else None)
+        try:
+            opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected, self._cache)
+            return Knowledge(opened, self._device, overlay_of(opened) if self._corrected else None)
+        except SnapshotError:
+            raise
+        except OSError as error:
+            if self._home.local is None:
+                raise StorageError(f"{self._home}, v{version}: {error}") from error
+            raise SnapshotError(f"{self._home}, v{version}: cannot be read ({error})") from error
+        except (ValueError, RuntimeError) as error:  # of FAISS and NumPy
+            raise SnapshotError(f"{self._home}, v{version}: cannot be opened ({error})") from error
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
@@ -253,22 +269,20 @@ class Replica:
                 self._load(version)
 
     def _load(self, version: int) -> None:
-        """Open a version. Storage that is away is tried again; a snapshot that is damaged is refused, and made again."""
-        started, pause = time.time(), 0.5
-        while not self._stopped.is_set():
-            try:
-                known = self._open(version)
-            except (SnapshotError, ValueError, RuntimeError) as error:
-                self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
-                self._refiner.refused.remote(version)
-            except OSError as error:
-                self._journal.tell("unreadable", version=version, rank=self._rank, problem=str(error))
-                self._stopped.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-                continue
-            else:
-                with self._lock:
-                    self._loaded[version] = known
-                self._journal.tell("loaded", version=version, rank=self._rank, seconds=time.time() - started)
-            break
+        """Open a version. Storage that is away is tried again for a while; a damaged snapshot is refused, and made again."""
+        started = time.time()
+        try:
+            known = patiently(lambda: self._open(version), lambda error: self._unreadable(version, error), self._stopped)
+        except SnapshotError as error:
+            self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
+            self._refiner.refused.remote(version)
+        except StorageError as error:
+            self._problem = None if self._stopped.is_set() else error
+        else:
+            with self._lock:
+                self._loaded[version] = known
+            self._journal.tell("loaded", version=version, rank=self._rank, seconds=time.time() - started)
         self._seen = version
+
+    def _unreadable(self, version: int, error: StorageError) -> None:
+        self._journal.tell("unreadable", version=version, rank=self._rank, problem=str(error))

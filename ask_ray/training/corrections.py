@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,17 @@ from ask_ray.method.drift import drift_map
 from ask_ray.training.gather import tell_all
 from ask_ray.training.step import Pairs
 
-#: What a window holds of every pair: stored and fresh rows of both modalities.
-SIDES = ("stored_audio", "fresh_audio", "stored_text", "fresh_text")
+#: What a window holds of every pair: stored and fresh rows of both modalities, and the step that the stored ones were fitted to.
+SIDES = ("stored_audio", "fresh_audio", "stored_text", "fresh_text", "since")
 
 
 class Corrections:
     """Write-back and drift maps of the version in use, the same on every rank.
 
     A map is fitted to the pairs of a window of steps, from the rows that were stored before the window to the fresh ones. It
-    moves all entries that the window did not overwrite, and stands for the middle of the window.
+    leads from the mean step that the stored ones were fitted to, its start, to the middle of the window. It moves all entries
+    that are nearer to its start: not those that the window overwrote, and after a swap not those that the version took over from
+    the one before, where they are much fresher than its own.
     """
 
     def __init__(self, settings: CorrectionSettings, steps_per_epoch: int) -> None:
@@ -36,24 +40,32 @@ class Corrections:
         """Correct `overlay` by the pairs that the global batch shares with it. `step` counts the step just taken."""
         entry, audio, text = pairs.entry.cpu(), pairs.audio.cpu(), pairs.text.cpu()
         if self._settings.drift_map:
-            old = torch.from_numpy(overlay.since[entry.numpy()]) <= self._began
-            rows = overlay.audio[entry[old]], audio[old], overlay.text[entry[old]], text[old]
+            since = torch.from_numpy(overlay.since[entry.numpy()])
+            old = since <= self._began
+            rows = overlay.audio[entry[old]], audio[old], overlay.text[entry[old]], text[old], since[old]
             self._window.append(tuple(row.clone() for row in rows))
         if self._settings.write_back:
             overlay.write(entry, audio, text, step)
-            overlay.catch_up(len(entry))  # what the last swap left: at the pace at which it was written
+            overlay.catch_up(max(len(entry), self._share(overlay.waiting, step)))
         if self._settings.drift_map and step - self._began >= self._length:
             self._map(overlay, step)
             self.begin(step)
 
+    def _share(self, waiting: int, step: int) -> int:
+        """How much of what waits to be taken over a step takes at least, so that the next map finds nothing left of it."""
+        if not self._settings.drift_map:
+            return 0
+        return math.ceil(waiting / max(1, self._began + self._length - step + 1))
+
     def _map(self, overlay: Overlay, step: int) -> None:
-        stored_audio, fresh_audio, stored_text, fresh_text = (torch.cat(of) for of in zip(*self._window, strict=True))
+        stored_audio, fresh_audio, stored_text, fresh_text, since = (torch.cat(of) for of in zip(*self._window, strict=True))
         if len(stored_audio) == 0:
             return
-        ridge = self._settings.ridge
+        ridge, middle = self._settings.ridge, (self._began + step) // 2
+        half = math.ceil((float(since.double().mean()) + middle) / 2)
         maps = drift_map(stored_audio, fresh_audio, ridge), drift_map(stored_text, fresh_text, ridge)
         audio_map, text_map = tell_all(maps)
-        overlay.apply(audio_map, text_map, step=(self._began + step) // 2, after=self._began + 1)
+        overlay.apply(audio_map, text_map, step=middle, after=min(self._began + 1, half))
 
     def state(self) -> dict[str, Tensor]:
         """The open window, for a checkpoint."""

@@ -46,7 +46,8 @@ def forecast(settings: Settings, corpus: Corpus, parameters: int, frames: int = 
     own, shared = PER_PARAMETER * parameters + cached + tokens, _knowledge_bytes(settings, entries)
     corrections = settings.knowledge.corrections
     if corrections.write_back or corrections.drift_map:  # then each worker changes a copy of its own
-        own, shared = own + shared, 0
+        rows_of_the_last = 2 * entries * settings.model.dim * 4 if corrections.write_back else 0  # while it is taken over
+        own, shared = own + shared + rows_of_the_last, 0
     return Forecast(clips, per_epoch, training.epochs * per_epoch, entries, parameters, tokens, own, shared)
 
 

@@ -21,6 +21,7 @@ from ask_ray.config import DataSettings, Settings, SettingsError, UserError
 from ask_ray.data.batches import pad, steps_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.journal import Journal
+from ask_ray.knowledge.policy import Adaptive, Continuous, policy_of
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.requests import AWAY
 from ask_ray.knowledge.sources import Extent, Source, check_sources, entries_of, sources_of
@@ -137,6 +138,7 @@ def check(settings: Settings, corpus: Corpus) -> None:
     """
     _check_batches(settings, corpus)
     if settings.ask.enabled:
+        _check_refreshing(settings, corpus)
         sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
         extent = check_sources(sources, corpus)
         entries = entries_of(settings.knowledge, corpus.folder.uri)
@@ -151,6 +153,29 @@ def _check_batches(settings: Settings, corpus: Corpus) -> None:
         raise SettingsError(
             f"training.batch_size: {workers_of(settings)} workers x {training.batch_size} pairs are more than the {clips} clips "
             "of the training split: lower training.batch_size or training.workers"
+        )
+
+
+def _check_refreshing(settings: Settings, corpus: Corpus) -> None:
+    """What is counted in steps against the steps that there will be: it would never come."""
+    refresh, training = settings.knowledge.refresh, settings.training
+    per_epoch = steps_of(corpus.clips("train"), workers_of(settings), training.batch_size)
+    steps, policy = training.epochs * per_epoch, policy_of(refresh, per_epoch)
+    if isinstance(policy, Adaptive | Continuous) and policy.first + policy.floor >= steps:
+        raise SettingsError(
+            f"knowledge.refresh.min_interval: {policy.floor} steps after the {policy.first} of warm-up are not below the {steps} "
+            f"of the run: policy {refresh.policy} would never refresh; lower it, or use policy static"
+        )
+    probes = refresh.policy == "adaptive" and refresh.signal == "probe"
+    if probes and refresh.probe_steps >= steps:
+        raise SettingsError(
+            f"knowledge.refresh.probe_steps is {refresh.probe_steps}, and the run has {steps} steps: drift would never be read, "
+            "and knowledge.refresh.threshold never fire; lower it"
+        )
+    if refresh.mode == "async" and refresh.poll_steps >= steps:
+        raise SettingsError(
+            f"knowledge.refresh.poll_steps is {refresh.poll_steps}, and the run has {steps} steps: no version would be swapped "
+            "in before its end; lower it"
         )
 
 

@@ -112,9 +112,7 @@ class Upkeep:
     def _opened(self, version: int) -> bool:
         told = {"version": version, "rank": self._rank}
         try:
-            patiently(
-                lambda: self._replica.open(version), lambda error: self._journal.tell("unreadable", **told, problem=str(error))
-            )
+            self._replica.open(version, lambda error: self._journal.tell("unreadable", **told, problem=str(error)))
         except SnapshotError as error:
             self._journal.tell("refused", **told, problem=str(error))
             return False

@@ -114,6 +114,9 @@ class Worker:
         if plan.refiner is None:
             return None
         corrected = knowledge.corrections.write_back or knowledge.corrections.drift_map
+        cache = Cache.of(knowledge)
+        if plan.home.local is None:  # the driver has looked at its own node alone
+            Folder(str(cache.root)).check_writable("knowledge.cache")
         replica = Replica(
             plan.refiner,
             plan.home,
@@ -123,7 +126,7 @@ class Worker:
             plan.journal,
             self.rank,
             corrected,
-            Cache.of(knowledge),
+            cache,
         )
         return Upkeep(
             knowledge, replica, plan.refiner, plan.journal, self.gauges, self.model, self.steps, self.rank, self.device

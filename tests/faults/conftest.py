@@ -31,10 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table: a row for each test that passed, and the rows that are there of those that were not run."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the table: a row for each test, and the rows that are there of those that were not run. Nothing if one failed: a row
+    of its last success would be read as of this code."""
     target, new = session.config.getoption("--table"), session.config.stash[ROWS]
-    if target is None or not new:
+    if target is None or not new or exitstatus:
         return
     there = target.read_text().splitlines()[len(HEAD.splitlines()) :] if target.exists() else []
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in there}

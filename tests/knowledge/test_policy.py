@@ -130,6 +130,7 @@ def test_reasons_say_why():
     assert told(Static(10), epoch_starts=True, has_knowledge=False) == "no knowledge base yet"
     assert told(Adaptive(10, 0.5, 5, 100), drift=0.61) == "RDM 0.610 passed 0.5, 20 steps since the last"
     assert "still under 0.5" in told(Adaptive(10, 0.5, 5, 20), drift=0.4)
+    assert "no reading of RDM" in told(Adaptive(10, 0.5, 5, 20), drift=None)
     assert "20 steps after" in told(Continuous(10, 5))
 
 

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 from torch.nn import functional
 
+from ask_ray import storage
 from ask_ray.config import AskSettings, KnowledgeSettings, ModelSettings, PoolSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index
@@ -23,7 +24,7 @@ from ask_ray.knowledge.encoding import EncodingPlan
 from ask_ray.knowledge.refiner import Refiner, RefreshPlan
 from ask_ray.knowledge.replica import Knowledge, Replica
 from ask_ray.knowledge.snapshot import Embeddings, Entries, SnapshotError, open_snapshot, publish
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError
 
 DIM, RUN, CPU = 8, "run", torch.device("cpu")
 COUNTS = [1, 3, 2, 4, 1, 2, 3, 1, 2, 2, 4, 3, 1, 1, 2]  # captions of each clip
@@ -191,6 +192,7 @@ class Line:
         self.home, self.refiner, self.journal = home, refiner, journal
         self.before = journal.read()[1]
         self.replicas: list[Replica] = []
+        self.away: list[StorageError] = []
         self.offer(0)
 
     def offer(self, version: int) -> None:
@@ -199,7 +201,7 @@ class Line:
     def replica(self, start: int) -> Replica:
         made = Replica(self.refiner, self.home, RUN, DIM, CPU, self.journal, rank=len(self.replicas))
         self.replicas.append(made)
-        made.open(start)
+        made.open(start, self.away.append)
         made.watch(start)
         return made
 
@@ -299,6 +301,38 @@ def test_starting_with_a_version_that_cannot_be_opened_is_an_error(line):
     put(line.home, 1)
     with pytest.raises(SnapshotError, match="v000009"):
         line.replica(9)
+
+
+def test_a_version_that_a_disk_does_not_give_is_refused_too(line):
+    """It can be made anew; to try again and again would give nothing else."""
+    put(line.home, 1)
+    (line.home.local / "v000001" / "audio.npy").unlink()
+    (line.home.local / "v000001" / "audio.npy").mkdir()
+    with pytest.raises(SnapshotError, match="v1"):
+        line.replica(1)
+    replica = line.replica(0)
+    line.offer(1)
+    replica.wait_until_seen(1, seconds=20)
+    wait_for(lambda: len(line.events("refused")) == 1)
+    assert (replica.newest, line.away) == (0, [])
+
+
+def test_storage_that_stays_away_is_an_error_of_the_worker(line, start_s3, monkeypatch):
+    """Not a run that trains on without new versions, on all ranks, and ends as if nothing had been."""
+    server = start_s3()
+    line.home = Folder.at(server.uri("bucket/knowledge"))
+    put(line.home, 1)
+    replica = line.replica(0)
+    server.stop()
+    monkeypatch.setattr(storage, "PATIENCE", 0.6)
+    line.offer(1)
+    replica.wait_until_seen(1, seconds=60)
+    with pytest.raises(StorageError, match="bucket/knowledge"):
+        _ = replica.newest
+    wait_for(lambda: bool(line.events("unreadable")))
+    with pytest.raises(StorageError, match="bucket/knowledge"):
+        line.replica(1)
+    assert line.away
 
 
 def test_a_replica_that_stopped_loads_nothing_more(line):

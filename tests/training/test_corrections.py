@@ -115,6 +115,34 @@ def test_a_window_without_pairs_maps_nothing(overlay):
     np.testing.assert_array_equal(overlay.state()["audio"], before["audio"])
 
 
+def test_a_map_leaves_entries_that_are_much_fresher_than_those_it_starts_from(overlay):
+    """After a swap: what the version took over needs a small part of the drift that its own entries need."""
+    older, newer = overlay, Overlay.of(overlay.state())
+    run(made(True, False), older, 38, 40)
+    newer.carry_over(older)
+    newer.catch_up()
+    taken = newer.written >= 0
+    corrections = made(False, True)
+    corrections.begin(40)
+    run(corrections, newer, 40, 50)
+    assert (newer.since[~taken] == 45).all()
+    np.testing.assert_array_equal(newer.audio[taken], older.audio[taken])
+    assert (newer.since[taken] <= 40).all()
+
+
+def test_a_map_finds_nothing_left_to_be_taken_over(overlay):
+    newer = Overlay.of(overlay.state())
+    overlay.write(torch.arange(ENTRIES), *encoders(40), 40)
+    newer.carry_over(overlay)
+    corrections = Corrections(CorrectionSettings(write_back=True, drift_map=True, map_interval=0.2), 20)
+    corrections.begin(40)
+    left = [newer.waiting]
+    for step in range(40, 44):
+        run(corrections, newer, step, step + 1)
+        left.append(newer.waiting)
+    assert left == [ENTRIES, 90, 60, 30, 0]
+
+
 def test_each_step_takes_as_many_of_an_older_versions_entries_as_it_overwrites(overlay):
     newer, corrections = Overlay.of(overlay.state()), made(True, False)
     run(corrections, overlay, 1, 6)

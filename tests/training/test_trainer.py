@@ -81,6 +81,42 @@ def corpus_of(home: Path, clips: int, captions: int, test: int = 0) -> Corpus:
     return Corpus.open(folder.uri)
 
 
+def refreshed(**refresh: object) -> Settings:
+    """Settings of a run of 80 steps, of which the first 8 are warm-up."""
+    training = {"epochs": 10, "workers": 1, "batch_size": 50, "device": "cpu"}
+    return load({"training": training, "knowledge": {"refresh": {"warmup_epochs": 1, **refresh}}})
+
+
+STEPS = {"policy": "adaptive", "unit": "steps", "max_interval": 1000}
+
+
+@pytest.mark.parametrize(
+    ("refresh", "named"),
+    [
+        ({**STEPS, "min_interval": 72}, "min_interval: 72 steps after the 8 of warm-up are not below the 80"),
+        ({"policy": "continuous", "unit": "steps", "min_interval": 500}, "min_interval: 500 steps"),
+        ({**STEPS, "min_interval": 10, "signal": "probe", "probe_steps": 80}, "probe_steps is 80, and the run has 80 steps"),
+        ({"poll_steps": 80}, "poll_steps is 80, and the run has 80 steps"),
+    ],
+)
+def test_a_refresh_that_could_never_come_is_refused(tmp_path, refresh, named):
+    with pytest.raises(SettingsError, match=rf"^knowledge\.refresh\.{named}"):
+        trainer.check(refreshed(**refresh), corpus_of(tmp_path, 400, 1))
+
+
+@pytest.mark.parametrize(
+    "refresh",
+    [
+        {**STEPS, "min_interval": 71},
+        {**STEPS, "min_interval": 10, "signal": "probe", "probe_steps": 79},
+        {"poll_steps": 79},
+        {"poll_steps": 80, "mode": "sync"},
+    ],
+)
+def test_a_refresh_that_comes_late_is_not_refused(tmp_path, refresh):
+    trainer.check(refreshed(**refresh), corpus_of(tmp_path, 400, 1))
+
+
 GPU = {"workers": 2, "batch_size": 100, "device": "cuda"}
 
 
