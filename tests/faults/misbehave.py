@@ -11,6 +11,7 @@ import functools
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ ORDERS = "ASK_RAY_TEST_ORDERS"
 
 def order(what: str) -> None:
     """Have the next unit that is encoded go wrong: `raise`, `exit` (cleanly) or `few` (a row is missing); `diverge`: the
-    next step leaves a weight that is not a number; `corrupt`: the next weights that are sent for encoding hold one; or `fill`:
-    storage is full when the first file of the next version is there."""
+    next step leaves a weight that is not a number; `corrupt`: the next weights that are sent for encoding hold one; `fill`:
+    storage is full when the first file of the next version is there; or `die`: the next worker to swap is killed at it."""
     (Path(os.environ[ORDERS]) / what).touch()
 
 
@@ -41,6 +42,19 @@ def install() -> None:
     wrapt.register_post_import_hook(_heed_stepper, "ask_ray.training.step")
     wrapt.register_post_import_hook(_heed_requests, "ask_ray.knowledge.requests")
     wrapt.register_post_import_hook(_heed_storage, "ask_ray.storage")
+    wrapt.register_post_import_hook(_heed_swap, "ask_ray.knowledge.replica")
+
+
+def _heed_swap(module: ModuleType) -> None:
+    swap = module.Replica.swap
+
+    @functools.wraps(swap)
+    def call(self, version):
+        if _taken("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        swap(self, version)
+
+    module.Replica.swap = call
 
 
 def _heed_storage(module: ModuleType) -> None:

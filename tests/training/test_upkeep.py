@@ -16,7 +16,7 @@ import torch.distributed
 from ray.actor import ActorHandle
 from torch import nn
 
-from ask_ray.config import KnowledgeSettings, ModelSettings, PoolSettings, RefreshSettings
+from ask_ray.config import CorrectionSettings, KnowledgeSettings, ModelSettings, PoolSettings, RefreshSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index
 from ask_ray.knowledge.encoding import EncodingPlan
@@ -27,6 +27,7 @@ from ask_ray.knowledge.requests import RefinerDied
 from ask_ray.knowledge.snapshot import Embeddings, Entries, publish
 from ask_ray.knowledge.sources import Source
 from ask_ray.storage import Folder
+from ask_ray.training.gather import gather
 from ask_ray.training.gauges import Gauges
 from ask_ray.training.step import Pairs, Taken
 from ask_ray.training.upkeep import Upkeep
@@ -41,17 +42,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def put(home: Folder, version: int) -> None:
-    """Publish 20 random entries as encoded by step 0."""
+def put(home: Folder, version: int, count: int = 20, encoder_step: int = 0, exact_below: int = 10**6) -> None:
+    """Publish random entries."""
     rng = np.random.default_rng(version)
     rows, paired = (
         Embeddings(*(made / np.linalg.norm(made, axis=2, keepdims=True)).astype(np.float32))
-        for made in (rng.normal(size=(2, 20, DIM)), rng.normal(size=(2, 4, DIM)))
+        for made in (rng.normal(size=(2, count, DIM)), rng.normal(size=(2, 4, DIM)))
     )
-    numbers = np.arange(20, dtype=np.int64)
-    entries = Entries.of_lists([str(n) for n in numbers], numbers, ["a bell"] * 20, 0 * numbers, ["train"] * 20)
-    built = (index.build(rows.audio, 10**6, 4, 0), index.build(rows.text, 10**6, 4, 0))
-    publish(home, version, entries, rows, paired, built, {"run": RUN, "encoder_step": 0})
+    numbers = np.arange(count, dtype=np.int64)
+    entries = Entries.of_lists([str(n) for n in numbers], numbers, ["a bell"] * count, 0 * numbers, ["train"] * count)
+    built = (index.build(rows.audio, exact_below, 4, 0), index.build(rows.text, exact_below, 4, 0))
+    publish(home, version, entries, rows, paired, built, {"run": RUN, "encoder_step": encoder_step})
 
 
 @dataclass
@@ -214,5 +215,57 @@ def test_ranks_wait_longer_for_a_refresh_than_their_process_group_waits_for_a_ra
     waited = ray.get([rank.wait.remote(number) for number, rank in enumerate(ranks)])
     assert min(waited) > longer
     assert [event["attempt"] for event in bench.events("failed")] == [1, 2]
+    for rank in ranks:
+        ray.kill(rank)
+
+
+@pytest.mark.parametrize("exact_below", [10**6, 0], ids=["exact", "inverted lists"])
+def test_two_ranks_correct_their_replicas_alike_to_the_bit(start, tmp_path, exact_below):
+    """Each gives its half of every batch; in the middle both swap, and take over what was overwritten meanwhile."""
+    bench, count = start(policy="static", warmup_epochs=1000, poll_steps=2), 400
+    corrections = CorrectionSettings(write_back=True, drift_map=True, map_interval=2)
+    knowledge, refiner = bench.knowledge.model_copy(update={"corrections": corrections}), bench.refiner
+    home, journal = bench.home, bench.journal
+    for version, step in ((1, 0), (2, 6)):
+        put(home, version, count, step, exact_below)
+
+    @ray.remote(num_cpus=0)
+    class Rank:
+        """One of two processes that step together. It knows nothing of this module but what it is sent."""
+
+        def run(self, rank: int) -> tuple[int, dict[str, np.ndarray]]:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+            replica = Replica(refiner, home, RUN, DIM, CPU, journal, rank, corrected=True)
+            upkeep = Upkeep(knowledge, replica, refiner, journal, Gauges(RUN), nn.Linear(2, 2), 8, rank, CPU)
+            upkeep.begin(1, 0, Clock(), {})
+            step, since_swap = 0, 0
+            while since_swap < 40:
+                upkeep.before_step(step, epoch_starts=False)
+                since_swap += upkeep.version == 2
+                draw = np.random.default_rng([step, rank])
+                own = draw.choice(np.arange(rank, count, 2), 3, replace=False)
+                sides = torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(2, 3, DIM))).float(), dim=2)
+                pairs = Pairs(gather(torch.from_numpy(own)), *(gather(side) for side in sides))
+                upkeep.after_step(Taken({}, pairs), step + 1)
+                step += 1
+                if step == 20 and rank == 0:
+                    ray.get(refiner.start_from.remote(2))
+            replica.stop()
+            assert upkeep.known is not None
+            assert upkeep.known.overlay is not None
+            return step, upkeep.known.overlay.state()
+
+        def ready(self) -> None:
+            """Built."""
+
+    ranks = [Rank.remote() for _ in range(2)]
+    ray.get([rank.ready.remote() for rank in ranks])
+    (steps, one), (_, other) = ray.get([rank.run.remote(number) for number, rank in enumerate(ranks)])
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+    taken = (one["written"] > 6) & (one["written"] <= steps - 40)
+    assert taken.any(), "something was taken over from the version before"
     for rank in ranks:
         ray.kill(rank)
