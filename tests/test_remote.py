@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from ask_ray import experiment, inspection, storage
-from ask_ray.config import Settings, load, with_values
+from ask_ray.config import Settings, SettingsError, load, with_values
 from ask_ray.data import corpus
 from ask_ray.data.corpora import source_of
 from ask_ray.data.corpus import Corpus
@@ -24,6 +24,7 @@ from ask_ray.data.prepare import prepare, write_shard
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.cache import Cache
 from ask_ray.knowledge.snapshot import Embeddings, Entries, SnapshotError, open_snapshot, publish
+from ask_ray.knowledge.sources import check_sources, sources_of
 from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint
 
@@ -280,6 +281,13 @@ def test_a_place_that_cannot_work_is_refused_before_training(
         experiment.run(settings, Console(quiet=True))
     assert time.monotonic() - started < 30
     assert "not-this-one" not in str(refusal.value)
+
+
+def test_a_knowledge_source_that_cannot_be_reached_is_refused(strict_s3, no_s3, small_corpus):
+    for place in (no_s3("bucket/x"), strict_s3.uri("bucket/x", secret="not-this-one")):
+        with pytest.raises(SettingsError, match=r"^knowledge\.sources: .*bucket/x") as refusal:
+            check_sources(sources_of(["train", place], small_corpus.folder.uri), small_corpus)
+        assert "not-this-one" not in str(refusal.value)
 
 
 def test_a_corpus_that_may_only_be_read_is_enough(ray_session, s3, tmp_path):
