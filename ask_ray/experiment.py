@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -265,7 +266,7 @@ class Monitor:
             self._folder.write_json("history.json", self.events)
             self._unsaved = False
         except OSError as error:
-            self._console.print(f"  [yellow]history.json is not saved yet[/]: {error}")
+            self._console.print(f"  [yellow]history.json is not saved yet[/]: {escape(str(error))}")
 
     def _show(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -274,23 +275,29 @@ class Monitor:
         elif kind == "validated":
             self._console.print("  ".join([f"  epoch {event['epoch']} evaluated", *self._recalls(event)]))
         elif kind == "not validated":
-            self._console.print(f"  [red]an evaluation beside training failed[/]: {event['problem']}")
+            self._console.print(f"  [red]an evaluation beside training failed[/]: {escape(event['problem'])}")
         elif kind == "published":
             self._console.print(
                 f"  knowledge base v{event['version']}: {event['entries']} entries by step {event['encoder_step']}, encoded in "
-                f"{event['encode_seconds']:.1f} s, built in {event['build_seconds']:.1f} s ({event['reason']})"
+                f"{event['encode_seconds']:.1f} s, built in {event['build_seconds']:.1f} s ({escape(event['reason'])})"
             )
         elif kind == "swapped" and event["rank"] == 0:
             self._console.print(
                 f"  swapped to v{event['version']} at step {event['step']}, {event['lag_steps']} steps after its weights"
             )
         elif kind == "diverged" and event["rank"] == 0:
-            self._console.print(f"  [red]training diverged[/]: {event['problem']}")
+            self._console.print(f"  [red]training diverged[/]: {escape(event['problem'])}")
         elif kind in ("failed", "refused"):
-            self._console.print(f"  [red]knowledge base v{event['version']} {kind}[/]: {event['problem']}")
-        elif kind in ("unreadable", "not published") and (told := (kind, event["version"], event.get("rank"))) not in self._told:
-            self._told.add(told)  # once, however often it is tried again
-            self._console.print(f"  [yellow]knowledge base v{event['version']} {kind} yet[/]: {event['problem']}")
+            self._console.print(f"  [red]knowledge base v{event['version']} {kind}[/]: {escape(event['problem'])}")
+        elif kind in ("unreadable", "not published") and self._is_first(event):
+            self._console.print(f"  [yellow]knowledge base v{event['version']} {kind} yet[/]: {escape(event['problem'])}")
+
+    def _is_first(self, event: dict[str, Any]) -> bool:
+        """Whether nothing was told yet of what is tried again and again: of the same version, by the same process."""
+        what = (event["kind"], event["version"], event.get("rank"))
+        known = what in self._told
+        self._told.add(what)
+        return not known
 
     def _epoch_line(self, event: dict[str, Any]) -> str:
         parts = [f"epoch {event['epoch']:>3}/{self._settings.training.epochs}", f"loss {event['loss']:.3f}"]

@@ -405,6 +405,16 @@ def test_who_listens_hears_of_an_evaluation_when_it_is_saved(tmp_path: Path, kin
     assert saved == [[event]]
 
 
+def test_problems_are_told_as_they_are_whatever_brackets_they_hold(tmp_path: Path) -> None:
+    problem, console = "[/gloo/transport/tcp/pair.cc:538] Read error at [rank0]", Console(file=io.StringIO(), width=200)
+    unread = cast(tracking.Recorder, SimpleNamespace(record=lambda event: None))
+    folder = Folder.at(str(tmp_path))
+    monitor = experiment.Monitor(settings_of(tmp_path), Journal("none"), folder, unread, console, lambda event: None)
+    told = {"rank": 0, "problem": problem, "version": 1}
+    monitor._heed([{"kind": kind, **told} for kind in ("not validated", "diverged", "failed", "refused")], over=False)
+    assert cast(io.StringIO, console.file).getvalue().count(f": {problem}\n") == 4
+
+
 def test_a_run_with_other_settings_is_not_overwritten(sync_run: dict, home: Path) -> None:
     with pytest.raises(SettingsError, match=r"run\.name.*ask\.rho"):
         experiment.run(settings_of(home, run={"name": "sync-a"}, ask={"rho": 0.3}, tracking={"enabled": True}), quiet())

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 from rich.console import Console
+from rich.markup import escape
 
 from ask_ray import tracking
 from ask_ray.config import SweepSettings
@@ -17,7 +18,7 @@ from ask_ray.training.trainer import RunPlace
 from ask_ray.tuning import outcome
 from ask_ray.tuning.outcome import FAILED, FINISHED, INTERRUPTED, RUNNING, STOPPED, Row
 from ask_ray.tuning.space import Point, name_of
-from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, point_of, run_folder
+from ask_ray.tuning.trial import AGE, DONE, REASON_TAG, STATUS_TAG, finished, point_of, run_folder
 
 #: Why a trial failed that told no reason.
 PROCESS_DIED = "its process ended without a word: killed, or out of memory"
@@ -65,18 +66,20 @@ class Board:
 
     def heed(self, new: list[dict[str, Any]], over: bool) -> None:
         """Take in events of :class:`Watch`. Storage that is away for now is tried again with the next, at the latest when the
-        sweep is settled."""
+        sweep is settled. Nothing that one event brings may end the thread that hears of all others."""
         for event in new:
             try:
                 self._take(event)
-            except OSError as error:
-                self._console.print(f"  [yellow]sweep.json is not up to date[/]: {error}")
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                self._console.print(f"  [yellow]sweep.json is not up to date[/]: {escape(told)}", soft_wrap=True)
 
     def _take(self, event: Mapping[str, Any]) -> None:
         trial, kind = event["trial"], event["kind"]
         if kind == "started":
+            self._reasons.pop(trial, None)  # why it failed in an earlier life
             self._set(trial, event["point"], RUNNING, "")
-            self._console.print(f"{trial} started: {name_of(event['point'])}", soft_wrap=True)
+            self._console.print(f"{trial} started: {escape(name_of(event['point']))}", soft_wrap=True)
         elif kind == "result":
             self._set(trial, event["point"], RUNNING, "")
             self._console.print(
@@ -105,7 +108,7 @@ class Board:
         reason = self._reasons.get(trial, PROCESS_DIED) if status == FAILED else ""
         row = self._set(trial, point, status, reason)
         value = "" if row["value"] is None else f": {self._of.metric} {outcome.spread(row, self._of.metric)}"
-        self._console.print(f"{trial} [bold]{status}[/]{value}" + (f" ({reason})" if reason else ""), soft_wrap=True)
+        self._console.print(f"{trial} [bold]{status}[/]{value}" + (f" ({escape(reason)})" if reason else ""), soft_wrap=True)
         self._record(row)
         if self._of.algorithm != "pbt":  # its trials take over the weights of others
             self.prune()
@@ -116,11 +119,17 @@ class Board:
         return self.rows[trial]
 
     def _record(self, row: Row) -> None:
-        """End the MLflow runs of a trial that cannot do so itself any more, and tell the sweep's run of the best so far."""
+        """End the MLflow runs of a trial that cannot do so itself any more, and tell the sweep's run of the best so far.
+
+        Of a trial that failed, or was broken off, that is the fate of one run alone: other seeds are whole, and pbt left the
+        parts before on purpose.
+        """
         status = {FINISHED: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED"}.get(row["status"], "KILLED")
         tags = {STATUS_TAG: row["status"], REASON_TAG: row["reason"]}
-        for seed in self._of.seeds:
-            self._recorder.end_other(run_folder(self.trials, row["trial"], seed), status, tags)
+        newest = {run_folder(self.trials, row["trial"], seed).name for seed in self._of.seeds}
+        for folder in [self.trials / name for name in self._runs_of([row["trial"]])]:
+            over = finished(folder) or folder.name not in newest
+            self._recorder.end_other(folder, "FINISHED" if over else status, tags)
         best = outcome.best_of([*self.rows.values()], self._of.mode)
         ended = sum(one["status"] != RUNNING for one in self.rows.values())
         self._recorder.metrics({"trials_ended": ended} | ({self._of.metric: best["value"]} if best else {}), ended)
