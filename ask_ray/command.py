@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from ask_ray.config import Settings, SettingsError, SweepSettings, UserError, describe, parse, parser, plain
+from ask_ray.config import Settings, SettingsError, SweepSettings, UserError, describe, parse, parsed, parser, plain
 
 Options = dict[str, Any]
 
@@ -36,8 +37,14 @@ def with_space(description: str, job: Callable[[Settings, SweepSettings, Any], o
         from ask_ray.tuning import space  # it needs Ray: --help need not wait for it
 
         file = space.read(str(path))
+        file.check()
         of_file = yaml.safe_dump({**file.settings, "sweep": file.sweep}, allow_unicode=True)
-        settings, found = parse(made, [f"--config={of_file}", *words])
+        over = {word.partition("=")[0].removeprefix("--") for word in words}  # of these, the file's lines are not to blame
+        file = replace(file, lines={key: line for key, line in file.lines.items() if key not in over})
+        try:
+            settings, found = parsed(made, [f"--config={of_file}", *words])
+        except SettingsError as error:
+            raise SettingsError(file.tied(str(error))) from error
         try:
             return job(settings, SweepSettings.model_validate(plain(found["sweep"])), file)
         except ValidationError as error:

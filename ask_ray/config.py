@@ -678,13 +678,13 @@ def load(document: str | dict[str, Any], origin: str = "settings") -> Settings:
     """Validate a YAML document or a nested mapping.
 
     Raises:
-        SettingsError: with one line for each field that is wrong; `origin` names the document.
+        SettingsError: with one line for each field that is wrong; `origin`, if there is one, names the document.
     """
     try:
         values = yaml.safe_load(document) if isinstance(document, str) else document
         return Settings.model_validate({} if values is None else values)
     except (ValidationError, yaml.YAMLError) as error:
-        raise SettingsError(f"{origin}: {describe(error)}") from error
+        raise SettingsError(f"{origin}: {describe(error)}" if origin else describe(error)) from error
 
 
 def describe(error: Exception) -> str:
@@ -732,12 +732,21 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple
 
     Exits with status 2 and a message that names the field when something is wrong.
     """
-    found = made.parse_args(_ordered(sys.argv[1:] if arguments is None else arguments))
-    given = {name: found[name] for name in Settings.model_fields}
     try:
-        return Settings.model_validate({name: plain(part) for name, part in given.items()}), found
-    except ValidationError as error:
-        made.error(describe(error))
+        return parsed(made, sys.argv[1:] if arguments is None else arguments)
+    except SettingsError as error:
+        made.error(str(error))
+
+
+def parsed(made: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, Namespace]:
+    """As :func:`parse`, which exits for words that the parser does not take.
+
+    Raises:
+        SettingsError: for settings that cannot stand together, naming them.
+    """
+    found = made.parse_args(_ordered(arguments))
+    given = {name: found[name] for name in Settings.model_fields}
+    return load({name: plain(part) for name, part in given.items()}, ""), found
 
 
 def plain(part: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ask_ray import command
-from ask_ray.config import Settings, SettingsError, UserError
+from ask_ray.config import Settings, SettingsError, SweepSettings, UserError
 from ask_ray.storage import StorageError
 
 JOBS = Path(command.__file__).parent.parent / "jobs"
@@ -60,6 +60,58 @@ def test_wrong_settings_end_before_the_job_starts(monkeypatch, capsys):
     assert stop.value.code == 2
     assert "ask.rho" in capsys.readouterr().err
     assert seen == []
+
+
+SWEPT = "space:\n  ask.rho: {grid: [0.2, 0.5]}\n"
+
+
+def with_space(monkeypatch: pytest.MonkeyPatch, file: Path, text: str, *words: str) -> list[tuple[Settings, SweepSettings]]:
+    """What a job gets of a space file and more words of the command line."""
+    file.write_text(text + SWEPT)
+    monkeypatch.setattr(sys, "argv", ["tune", "--space", str(file), *words])
+    seen: list[tuple[Settings, SweepSettings]] = []
+    command.with_space("a sweep", lambda settings, sweep, file: seen.append((settings, sweep)))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "told"),
+    [
+        ("settings:\n  training: {epochz: 3}\n", (), ["2: training.epochz: Extra inputs"]),
+        ("settings:\n  ask:\n    beta: 0.1\n    rho: 2\n", (), ["4: ask.rho: Input should be less than or equal to 1"]),
+        ("settings:\n  ask: {beta: 2}\n  ask_: 3\n", (), ["2: ask.beta: Input", "3: ask_: Extra"]),
+        ("settings:\n  ask: 3\n", (), ["2: ask: Input should be"]),
+        ("sweep:\n  trails: 8\n", (), ["2: sweep.trails: Extra inputs"]),
+        ("sweep:\n  seeds: [0, x]\n", (), ["2: sweep.seeds.1: Input should be a valid integer"]),
+        ("sweep:\n  algorithm: pbt\n  trials: 1\n", (), ["2: sweep.algorithm pbt replaces bad trials"]),
+        ("settings:\n  ask:\n    coarse: false\n    fine: false\n", (), ["4: ask.fine and ask.coarse are both off"]),
+        ("settings:\n  ask:\n    coarse: false\n", ("--ask.fine", "false"), ["3: ask.fine and ask.coarse are both off"]),
+        ("settings:\n  data: {corpus: clotho}\n", (), ["2: data.corpus=clotho needs data.clotho.path"]),
+    ],
+)
+def test_what_is_wrong_in_a_space_file_is_told_with_its_line(text, words, told, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        with_space(monkeypatch, tmp_path / "space.yaml", text, *words)
+    lines = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == len(told)
+    assert all(line.startswith(f"{tmp_path / 'space.yaml'}:{start}") for line, start in zip(lines, told, strict=True))
+
+
+def test_the_command_line_wins_over_a_space_file_and_makes_whole_what_it_leaves_open(tmp_path, monkeypatch):
+    text = "settings:\n  data: {corpus: clotho}\n  ask: {rho: 0.3, beta: 0.2}\nsweep: {trials: 3, keep: 2}\n"
+    words = ("--data.clotho.path", "/clotho", "--ask.rho=0.4", "--sweep.trials", "5")
+    ((settings, sweep),) = with_space(monkeypatch, tmp_path / "space.yaml", text, *words)
+    assert (settings.data.corpus, settings.ask.rho, settings.ask.beta) == ("clotho", 0.4, 0.2)
+    assert (sweep.trials, sweep.keep) == (5, 2)
+
+
+def test_a_line_is_not_blamed_for_what_the_command_line_sets(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        with_space(
+            monkeypatch, tmp_path / "space.yaml", "settings:\n  ask: {fine: true}\n", "--ask.fine=false", "--ask.coarse=false"
+        )
+    assert capsys.readouterr().err.startswith("error: ask.fine and ask.coarse are both off")
 
 
 def test_a_job_gets_its_own_arguments(monkeypatch):

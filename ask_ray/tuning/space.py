@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 from ray import tune
 
-from ask_ray.config import Settings, SettingsError, SweepSettings, flat, with_values
+from ask_ray.config import Section, Settings, SettingsError, SweepSettings, flat, with_values
 
 #: A value for each swept setting that applies, by dotted name.
 Point = dict[str, Any]
@@ -40,6 +42,9 @@ NUMBERS = {
 }
 LISTS = ("choice", "grid")
 INTEGERS = ("randint", "lograndint")
+
+#: The largest whole number that is drawn from.
+LARGEST = 2**63 - 1
 
 #: Settings of a run's place and record, which a sweep gives its trials itself.
 OWN = ("run.", "tracking.")
@@ -76,6 +81,12 @@ class Dimension:
             return self.arguments
         low, high = self.arguments[:2]
         return (low, high - 1) if self.kind in INTEGERS else (low, high)
+
+    @property
+    def between(self) -> float:
+        """A value of a range of fractions that is whole only where all of them are."""
+        low, high = self.arguments[:2]
+        return float(low + (self.arguments[2] if self.kind == "quniform" else (high - low) / math.e))
 
     @property
     def domain(self) -> tune.search.sample.Domain:
@@ -164,6 +175,11 @@ class Space:
         """The point that an Optuna trial proposes."""
         return self.made(lambda one: one.suggest(trial))
 
+    def holding(self, one: Dimension, value: Any, points: Sequence[Point]) -> list[Point]:
+        """The points that have a value of a setting; if none has, those where the setting applies, with the value put in."""
+        there = [point for point in points if one.key in point]
+        return [point for point in there if repr(point[one.key]) == repr(value)] or [{**point, one.key: value} for point in there]
+
     def refuse(self, one: Dimension, message: str) -> None:
         """Raise the error of a line."""
         raise SettingsError(f"{self.file}:{one.line}: {one.key}: {message}")
@@ -181,6 +197,19 @@ class Space:
                 except SettingsError as error:
                     if f"{one.key}: " in str(error):  # what depends on other settings is seen from whole points
                         self.refuse(one, f"{value!r} is not allowed: {str(error).split(f'{one.key}: ', 1)[1].splitlines()[0]}")
+            self._check_whole(base, one)
+
+    def _check_whole(self, base: Settings, one: Dimension) -> None:
+        """Refuse a range of fractions of a setting that takes whole numbers, as its bounds are."""
+        if one.kind in LISTS or one.kind in INTEGERS:
+            return
+        try:
+            with_values(base, {one.key: one.between})
+        except SettingsError as error:
+            if f"{one.key}: " in str(error):
+                low, high = map(int, one.values)
+                kind = "lograndint" if one.kind == "loguniform" else "randint"
+                self.refuse(one, f"{one.kind} gives fractions, and it takes whole numbers: give {{{kind}: [{low}, {high + 1}]}}")
 
     def check_points(self, base: Settings, points: Iterable[Point]) -> Iterator[Settings]:
         """The settings of points.
@@ -192,10 +221,13 @@ class Space:
             try:
                 yield with_values(base, point)
             except SettingsError as error:
-                raise SettingsError(
-                    f"{self.file}: the space holds a point that cannot run: {name_of(point)}: {error}. Tie settings together "
-                    "with `when`"
-                ) from error
+                raise self.unfit(point, error) from error
+
+    def unfit(self, point: Point, error: SettingsError) -> SettingsError:
+        """The error of a point."""
+        return SettingsError(
+            f"{self.file}: the space holds a point that cannot run: {name_of(point)}: {error}. Tie settings together with `when`"
+        )
 
 
 @dataclass(frozen=True)
@@ -208,10 +240,44 @@ class SpaceFile:
     settings: dict[str, Any]
     lines: dict[str, int]
 
+    def check(self) -> None:
+        """Refuse names and values of `sweep` and `settings` that are wrong whatever the command line adds.
+
+        Raises:
+            SettingsError: naming the lines, one for each that is wrong.
+        """
+        of_sweep = _wrong(SweepSettings, self.sweep)
+        wrong = {f"sweep.{name}": problem for name, problem in of_sweep.items()} | _wrong(Settings, self.settings)
+        if wrong:
+            raise SettingsError("\n".join(f"{self.space.file}:{self._line(name)}: {name}: {wrong[name]}" for name in wrong))
+
+    def _line(self, name: str) -> int:
+        """Where a setting stands, or what it stands in: of a list, errors name the place."""
+        while name not in self.lines:
+            name = name.rpartition(".")[0]
+        return self.lines[name]
+
+    def tied(self, problem: str) -> str:
+        """As :meth:`located`, an error of settings that cannot stand together: the line is of the first named that stands there,
+        wherever the error names it."""
+        named = (name for name in re.findall(r"[a-z_]+(?:\.\w+)+", problem) if name in self.lines)
+        first = next(named, None)
+        return problem if first is None else f"{self.space.file}:{self.lines[first]}: {problem}"
+
     def located(self, problem: str) -> str:
         """An error, with the file and the line first if it is of a setting that stands there."""
         named = [key for key in self.lines if problem.startswith((f"{key}:", f"{key} "))]
         return f"{self.space.file}:{self.lines[max(named, key=len)]}: {problem}" if named else problem
+
+
+def _wrong(of: type[Section], tree: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with single settings of a tree, by their dotted names; settings that cannot stand together are no such."""
+    try:
+        of.model_validate(tree)
+    except ValidationError as error:
+        alone = [item for item in error.errors() if item["type"] != "value_error"]
+        return {".".join(map(str, item["loc"])): item["msg"] for item in alone}
+    return {}
 
 
 def read(path: str) -> SpaceFile:
@@ -221,10 +287,15 @@ def read(path: str) -> SpaceFile:
         SettingsError: naming the file and the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode()
         document, lines = yaml.safe_load(text), _lines(text)
     except OSError as error:
         raise SettingsError(f"--space: {path} cannot be read: {error.strerror}; tune_spaces/ has spaces to start from") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SettingsError(
+            f"{path}:{line}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise SettingsError(f"--space: {path} is no YAML: {error}") from error
     if not isinstance(document, dict):
@@ -309,15 +380,22 @@ def _problem(kind: str, given: Any) -> str:
     numbers = isinstance(given, list) and all(isinstance(one, int if whole else int | float) for one in given)
     if not numbers or len(given) != len(wanted):
         return f"{kind} takes [{', '.join(wanted)}]{', whole numbers' if whole else ''}"
+    if not all(-LARGEST <= one <= LARGEST if isinstance(one, int) else math.isfinite(one) for one in given):
+        return f"{kind} takes finite numbers, whole ones of 64 bits at most"
     if not given[0] < given[1]:
         return f"{kind}: low {given[0]} is not below high {given[1]}"
     if kind.startswith("log") and given[0] <= 0:
         return f"{kind}: low must be above 0"
     if kind == "quniform" and not 0 < given[2] <= given[1] - given[0]:
         return "quniform: step must be above 0 and at most high - low"
-    if kind == "quniform" and not all(math.isclose(bound / given[2], round(bound / given[2])) for bound in given[:2]):
+    if kind == "quniform" and not all(_is_multiple(bound, given[2]) for bound in given[:2]):
         return f"quniform: low and high must be multiples of the step {given[2]:g}"
     return ""
+
+
+def _is_multiple(bound: float, step: float) -> bool:
+    count = bound / step  # without an end where the step is next to nothing
+    return math.isfinite(count) and math.isclose(count, round(count))
 
 
 def _value_of(of: Point, one: Dimension) -> Any:

@@ -112,6 +112,11 @@ def test_optuna_proposes_within_the_same_space(ranges):
         ("space:\n  ask.rho: {choice: [0.5]}\n  ask.beta: {choice: [0.1], when: {ask.rho: [0.5, 0.6]}}", 3, "never 0.6"),
         ("space:\n  ask.rho: {uniform: [0, 1]}\n  ask.beta: {choice: [0.1], when: {ask.rho: 0.5}}", 3, "ask.rho is a range"),
         ("space:\n  ask.beta: {quniform: [0.05, 0.6, 0.1]}", 2, "multiples of the step 0.1"),
+        ("space:\n  training.weight_decay: {quniform: [0, .inf, 0.1]}", 2, "quniform takes finite numbers"),
+        ("space:\n  training.weight_decay: {uniform: [.nan, 1]}", 2, "uniform takes finite numbers"),
+        ("space:\n  ask.rho: {quniform: [0, 1, 1.0e-320]}", 2, "multiples of the step"),
+        (f"space:\n  ask.neighbours: {{randint: [1, {2**64}]}}", 2, "whole ones of 64 bits at most"),
+        (f"space:\n  ask.rho: {{uniform: [0, {10**400}]}}", 2, "whole ones of 64 bits at most"),
         ("settings: [training]\nspace:\n  ask.rho: {choice: [1]}", 1, "settings holds ['training']; it maps names"),
         ("about: x\nsweep: grid\nspace:\n  ask.rho: {choice: [1]}", 2, "sweep holds 'grid'; it maps names"),
         ("space:\n", 1, "space is empty"),
@@ -133,6 +138,12 @@ def test_what_is_wrong_in_a_file_is_refused_with_its_line(tmp_path, text, line, 
 def test_what_is_no_space_file_is_refused(tmp_path, text, message):
     with pytest.raises(SettingsError, match=message):
         read(tmp_path, text)
+
+
+def test_a_file_that_is_not_utf_8_is_refused_with_the_line(tmp_path):
+    (tmp_path / "space.yaml").write_bytes("about: ρ\nspace:\n  # größer\n".encode("latin-1", "replace"))
+    with pytest.raises(SettingsError, match=r"space\.yaml:3: byte 0xf6 is not UTF-8"):
+        space.read(str(tmp_path / "space.yaml"))
 
 
 def test_an_error_of_a_setting_in_the_file_names_its_line(tmp_path):
@@ -159,12 +170,25 @@ def test_a_file_that_is_not_there_is_refused():
         ("ask.neighbours: {randint: [0, 5]}", "ask.neighbours: 0 is not allowed"),
         ("ask.exclude: {choice: [self, other]}", "ask.exclude: 'other' is not allowed"),
         ("training.epochs: {uniform: [1.5, 3.5]}", "training.epochs: 1.5 is not allowed"),
+        (
+            "ask.neighbours: {uniform: [2, 20]}",
+            "ask.neighbours: uniform gives fractions, and it takes whole numbers: give {randint: [2, 21]}",
+        ),
+        (
+            "ask.queue: {loguniform: [8, 64]}",
+            "ask.queue: loguniform gives fractions, and it takes whole numbers: give {lograndint: [8, 65]}",
+        ),
+        ("ask.queue: {quniform: [8, 64, 0.5]}", "ask.queue: quniform gives fractions"),
     ],
 )
 def test_values_outside_a_settings_bounds_are_refused_with_their_line(tmp_path, told, message):
     with pytest.raises(SettingsError) as refused:
         read(tmp_path, f"about: x\nspace:\n  {told}").check_bounds(Settings())
     assert f"space.yaml:3: {message}" in str(refused.value)
+
+
+def test_steps_of_a_range_may_all_be_whole_numbers(tmp_path):
+    read(tmp_path, "space:\n  ask.neighbours: {quniform: [2, 20, 2]}").check_bounds(Settings())
 
 
 def test_the_upper_bound_of_integers_is_left_out(tmp_path):
