@@ -115,9 +115,13 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def difference(one: Row, other: Row) -> tuple[float, tuple[float, float] | None]:
     """By how much a trial's value is above another's, and the 95 % interval over the seeds that both have, paired."""
-    seeds = [seed for seed in one["values"] if seed in other["values"]]
-    apart = [one["values"][seed] - other["values"][seed] for seed in seeds]
+    apart = [one["values"][seed] - other["values"][seed] for seed in shared_seeds(one, other)]
     return one["value"] - other["value"], interval(apart)
+
+
+def shared_seeds(one: Row, other: Row) -> list[str]:
+    """The seeds that two trials both have a value of."""
+    return [seed for seed in one["values"] if seed in other["values"]]
 
 
 def verdict(rows: Sequence[Row], sweep: SweepSettings) -> list[str]:
@@ -145,7 +149,7 @@ def _against(best: Row, other: Row, called: str, sweep: SweepSettings) -> str:
         return line + "."
     sure = "told apart" if bounds[0] > 0 or bounds[1] < 0 else "not told apart"
     low, high = (_signed(sweep, bound) for bound in bounds)
-    return f"{line}, 95 % interval over {len(sweep.seeds)} paired seeds {low} to {high}: {sure}."
+    return f"{line}, 95 % interval over {len(shared_seeds(best, other))} paired seeds {low} to {high}: {sure}."
 
 
 def _signed(sweep: SweepSettings, value: float) -> str:

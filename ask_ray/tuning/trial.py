@@ -14,7 +14,7 @@ from ray import tune
 from rich.console import Console
 
 from ask_ray import experiment, report
-from ask_ray.config import Settings, SweepSettings, flat, with_values
+from ask_ray.config import Settings, SweepSettings, UserError, flat, with_values
 from ask_ray.journal import Journal
 from ask_ray.storage import Folder
 from ask_ray.tuning.space import Point
@@ -27,6 +27,10 @@ DONOR = "donor.json"
 
 #: Tags of a trial's MLflow runs.
 PARENT_TAG, TRIAL_TAG, STATUS_TAG, REASON_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.status", "sweep.reason"
+
+
+class NotEvaluated(UserError, RuntimeError):
+    """A run without the figure that trials are compared by. The message names the run and the epoch."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def _train(trial: str, point: Point, plan: TrialPlan) -> None:
             if not finished(folder):
                 tags = {PARENT_TAG: plan.parent, TRIAL_TAG: trial, **{key: str(value) for key, value in point.items()}}
                 experiment.run(settings, Console(file=nowhere), told.tell, tags)
-            values.append(value_of(folder, plan.sweep.metric))
+            values.append(last_value(folder, plan.sweep.metric, epochs))
     epochs = settings.training.epochs * len(values)
     tune.report({plan.sweep.metric: sum(values) / len(values), AGE: epochs + 1, DONE: True})
 
@@ -160,6 +164,22 @@ class _Told:
 def finished(folder: Folder) -> bool:
     """Whether a run is whole: its result is the last that it writes."""
     return folder.exists("result.json")
+
+
+def last_value(folder: Folder, metric: str, epochs: int) -> float:
+    """The metric of a whole run's evaluation after its last epoch, by which trials are compared.
+
+    Raises:
+        NotEvaluated: if there is none. An earlier one would be of another age than other trials'.
+    """
+    events = folder.read_json("history.json") if folder.exists("history.json") else []
+    found = [event[metric] for event in report.validations(events) if event["epoch"] == epochs and metric in event]
+    if not found:
+        raise NotEvaluated(
+            f"{folder.name}: there is no {metric} of its last epoch, {epochs}: the evaluation beside training failed or took "
+            "longer than training.evaluation_timeout_seconds, or history.json could not be saved"
+        )
+    return float(found[-1])
 
 
 def value_of(folder: Folder, metric: str) -> float:

@@ -137,6 +137,11 @@ def test_the_verdict_tells_the_best_by_how_much_and_how_sure():
     assert last.endswith(": not told apart.")
 
 
+def test_the_verdict_counts_the_seeds_that_both_trials_have():
+    rows = [row("a", {"0": 0.3, "1": 0.4, "2": 0.5}), row("b", {"0": 0.28, "2": 0.48})]
+    assert "95 % interval over 2 paired seeds" in outcome.verdict(rows, SweepSettings(seeds=[0, 1, 2]))[1]
+
+
 def test_one_seed_says_so():
     assert "One seed a trial" in outcome.verdict([row("a", {"0": 0.3})], SweepSettings())[-1]
 

@@ -81,3 +81,18 @@ def test_a_trial_whose_training_is_done_is_not_stopped_before_its_end(tmp_path, 
             worse = {**report, "mean_r1": 1.0 - number / 10}
             if scheduler.on_trial_result(None, told, worse) == TrialScheduler.STOP:
                 assert report[DONE], "stopped before its final refresh and evaluation"
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_a_run_without_its_last_evaluation_is_not_judged_by_an_earlier_one(tmp_path, reports, monkeypatch, seeds):
+    def unevaluated(settings: Settings, *rest: Any) -> None:
+        run(settings, *rest)
+        folder = Folder.at(settings.run.storage) / str(settings.run.name)
+        if settings.run.seed == seeds[-1]:
+            folder.write_json("history.json", folder.read_json("history.json")[:-1])
+
+    monkeypatch.setattr(experiment, "run", unevaluated)
+    for _ in range(2):  # what is there already is judged as strictly
+        with pytest.raises(trial.NotEvaluated, match=f"^a-seed-{seeds[-1]}: there is no mean_r1 of its last epoch, 6: the eval"):
+            train(tmp_path, "a", SweepSettings(seeds=seeds), 6, 3)
+    assert not any(report[DONE] for report in reports)
