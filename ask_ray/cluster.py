@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import ray
+from ray.util.state import list_nodes
 
 from ask_ray.config import Settings, SettingsError
 
@@ -20,6 +21,9 @@ SHARED_GPU = 0.25
 
 #: What the process of a trial reserves beside its run.
 TRIAL_CPUS = 0.05
+
+#: Whole seconds that a cluster's state API may take to answer.
+STATE_SECONDS = 30
 
 #: Shares are summed as floats: less than this is a rounding error, for Ray counts in ten thousandths.
 SLACK = 1e-6
@@ -33,14 +37,31 @@ def connect(settings: Settings) -> None:
     _start(settings, _cpus(settings, settings.training.workers or CPU_WORKERS), dashboard=False)
 
 
-def connect_for_sweep(settings: Settings, at_once: int | None) -> None:
+def connect_for_sweep(settings: Settings, at_once: int | None, stops: bool) -> None:
     """As :func:`connect`, with room for so many trials at once, by default as many as this machine's cores hold.
 
     The dashboard is there: without it, Ray 2.60 keeps the resources of trials that were stopped.
+
+    Raises:
+        SettingsError: if the sweep `stops` trials, and the cluster that was joined has no dashboard.
     """
-    _start(
-        settings, (at_once or _on_cores(settings)) * (_cpus(settings, workers_of_trial(settings)) + TRIAL_CPUS), dashboard=True
-    )
+    cpus = (at_once or _on_cores(settings)) * (_cpus(settings, workers_of_trial(settings)) + TRIAL_CPUS)
+    if _start(settings, cpus, dashboard=True) and stops:
+        _check_state()
+
+
+def _check_state() -> None:
+    """Refuse a cluster whose state API, a part of the dashboard, does not answer: what gives back the resources of a trial that
+    was stopped asks it, and the next would wait for them for ever."""
+    try:
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=STATE_SECONDS)
+    except Exception as error:  # what Ray raises where there is none at all has no one name
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SettingsError(
+            f"sweep: it stops trials (sweep.early_stopping, or sweep.algorithm pbt), and the cluster has no dashboard, without "
+            f"which Ray never gives back what they held ({cause}): start the cluster with it (ray start --head "
+            "--include-dashboard=true), set sweep.early_stopping to false, or choose another sweep.algorithm"
+        ) from error
 
 
 def _on_cores(settings: Settings) -> int:
@@ -53,10 +74,11 @@ def workers_of_trial(settings: Settings) -> int:
     return settings.training.workers or 1
 
 
-def _start(settings: Settings, cpus: float, dashboard: bool) -> None:
+def _start(settings: Settings, cpus: float, dashboard: bool) -> bool:
+    """Join a cluster or start one, unless this process has a session; whether one was joined."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same for workers and trials
     if ray.is_initialized():
-        return
+        return False
     join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
     least = max(cpus, settings.data.prepare_tasks)
     ray.init(
@@ -67,6 +89,7 @@ def _start(settings: Settings, cpus: float, dashboard: bool) -> None:
         log_to_driver=settings.run.worker_logs,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return join
 
 
 def _cpus(settings: Settings, workers: int) -> float:
@@ -101,7 +124,7 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
     Raises:
         SettingsError: if not one fits beside its own process, with the sum.
     """
-    nodes = [{**node, "Resources": dict(node["Resources"])} for node in _alive()]
+    nodes = [{**node, "Resources": dict(node["Resources"]), "GPUs": _whole_gpus(node)} for node in _alive()]
     count = 0
     while _placed(settings, nodes):
         count += 1
@@ -125,14 +148,25 @@ def _placed(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
     parts = [(worker, [node for node in nodes if _trains(settings, node)])] * (training.workers or 0)
     parts += [(actor, [node for node in nodes if _encodes(settings, node)])] * (pool.min_actors if settings.ask.enabled else 0)
     parts += [({"CPU": share}, nodes) for share in (_evaluation_cpus(settings), TRIAL_CPUS)]
-    for part, on in sorted(parts, key=lambda one: (one[0].get("GPU", 0.0), one[0]["CPU"]), reverse=True):
-        there = (node["Resources"] for node in on)
-        fits = (has for has in there if all(has.get(name, 0.0) + SLACK >= share for name, share in part.items()))
-        has = next(fits, None)
-        if has is None:
-            return False
-        for name, share in part.items():
-            has[name] = has.get(name, 0.0) - share
+    parts.sort(key=lambda one: (one[0].get("GPU", 0.0), one[0]["CPU"]), reverse=True)
+    return all(any(_taken(part, node) for node in on) for part, on in parts)
+
+
+def _whole_gpus(node: dict[str, Any]) -> list[float]:
+    """What is left of each GPU of a node of which nothing is taken."""
+    return [1.0] * int(node["Resources"].get("GPU", 0.0))
+
+
+def _taken(part: dict[str, float], node: dict[str, Any]) -> bool:
+    """Take shares from a node, if they fit. Less than a GPU is of one, which as in Ray is that with the least left."""
+    has, left, share = node["Resources"], node["GPUs"], part.get("GPU", 0.0)
+    each, count = min(share, 1.0), math.ceil(share)
+    fitting = sorted((gpu for gpu, of_one in enumerate(left) if of_one + SLACK >= each), key=left.__getitem__)
+    if has.get("CPU", 0.0) + SLACK < part["CPU"] or len(fitting) < count:
+        return False
+    has["CPU"] = has.get("CPU", 0.0) - part["CPU"]
+    for gpu in fitting[:count]:
+        left[gpu] -= each
     return True
 
 

@@ -1,12 +1,15 @@
 """How GPUs are dealt out, and which runs a cluster can never hold."""
 
+import contextlib
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import ray
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from ray.util.state.exception import ServerUnavailable
 
 from ask_ray import cluster
 from ask_ray.config import Settings, SettingsError, load
@@ -288,6 +291,21 @@ def test_trials_are_counted_by_the_nodes_on_which_their_parts_may_run(monkeypatc
         cluster.trials_at_once(bound, None)
 
 
+@pytest.mark.parametrize(
+    ("settings", "gpus", "count"),
+    [
+        (of({"workers": 1, "gpus_per_worker": 0.6}, enabled=False), 3, 3),  # 1.8 of 3, but a part is of one GPU
+        (of({"workers": 2, "gpus_per_worker": 0.6}, enabled=False), 3, 1),
+        (of({"workers": 1, "gpus_per_worker": 0.75}, {"gpus": 0.25}), 4, 4),
+        (of({"workers": 1, "gpus_per_worker": 0.3}, enabled=False), 2, 6),
+        (of({"workers": 1, "gpus_per_worker": 1.0}, {"gpus": 2.0}), 7, 2),
+    ],
+)
+def test_trials_are_counted_with_each_gpu_apart(settings, gpus, count, monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [node(64, gpus), node(1)])
+    assert cluster.trials_at_once(settings, None) == count
+
+
 def test_labels_must_be_carried_by_one_node_all_at_once():
     nodes = [{"Resources": {"CPU": 4.0}, "Labels": labels} for labels in ({"zone": "a"}, {"kind": "x"}, None)]
     cluster._check_nodes(of(pool={"node_labels": {"zone": "a"}}), nodes)
@@ -326,6 +344,32 @@ def test_a_named_cluster_is_joined_else_one_large_enough_is_started(variables, e
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
     cluster.connect(of({"workers": 8, "cpus_per_worker": 1.0}, {"cpus": 0.5}))
     assert (asked["address"], asked["num_cpus"], asked["include_dashboard"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "stops", "told"),
+    [("10.0.0.1:6379", True, "10.0.0.1:6379"), ("10.0.0.1:6379", False, None), (None, True, None)],
+    ids=["joined", "stops-none", "own-session"],
+)
+def test_a_sweep_that_stops_trials_asks_a_cluster_that_it_joins_for_its_dashboard(address, stops, told, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    asked = []
+
+    def unanswered(address: str, **options: int) -> None:
+        asked.append(address)
+        raise ServerUnavailable("Failed to connect to the API server\nwhile it was asked")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+    monkeypatch.setattr(cluster, "list_nodes", unanswered)
+    refused = r"^sweep: .* no dashboard, .*\(Failed to connect to the API server\): start the cluster with it"
+    with pytest.raises(SettingsError, match=refused) if told else contextlib.nullcontext():
+        cluster.connect_for_sweep(of(), 1, stops)
+    assert asked == ([told] if told else [])
 
 
 def test_a_session_that_runs_is_used_as_it_is(ray_session, monkeypatch):

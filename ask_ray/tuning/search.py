@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from ask_ray.config import Settings, SettingsError, SweepSettings
 from ask_ray.modality import WAYS
+from ask_ray.training.forecast import Forecast
 from ask_ray.training.metrics import FIGURES
 from ask_ray.tuning.space import LISTS, NUMBERS, Point, Space
 from ask_ray.tuning.trial import AGE
@@ -44,6 +46,30 @@ def check_reported(settings: Settings) -> None:
         )
 
 
+def check_donors(sweep: SweepSettings, settings: Settings) -> None:
+    """Refuse a population in which a run could be taken over that has no checkpoint to begin from, of before its last epoch.
+
+    Raises:
+        SettingsError: naming the settings.
+    """
+    training = settings.training
+    if sweep.algorithm != "pbt":
+        return
+    latest = min(sweep.perturb_epochs, training.epochs - 1)
+    if training.checkpoint_every > latest and not training.evaluates_beside:  # else each evaluation has its checkpoint
+        raise SettingsError(
+            f"training.checkpoint_every is {training.checkpoint_every}: pbt takes over runs from sweep.perturb_epochs "
+            f"({sweep.perturb_epochs}) on, before the last of training.epochs ({training.epochs}), and needs a checkpoint of "
+            f"theirs by then; set training.checkpoint_every to {max(latest, 1)} or less"
+            + ("" if latest else ", and training.epochs above 1")
+        )
+    if training.keep_checkpoints < 2:
+        raise SettingsError(
+            f"training.keep_checkpoints is {training.keep_checkpoints}: a run that is done would keep its last checkpoint alone, "
+            "from which pbt can train no other on; keep 2 or more"
+        )
+
+
 def count(sweep: SweepSettings, points: list[Point]) -> int:
     """How many trials there will be."""
     return len(points) if sweep.algorithm == "grid" else sweep.trials
@@ -52,6 +78,11 @@ def count(sweep: SweepSettings, points: list[Point]) -> int:
 def wanted_at_once(sweep: SweepSettings) -> int | None:
     """How many trials a session that starts on this machine makes room for; None: as many as its cores hold."""
     return sweep.trials if sweep.algorithm == "pbt" else sweep.concurrent
+
+
+def stops(sweep: SweepSettings) -> bool:
+    """Whether trials are stopped before their end."""
+    return sweep.early_stopping or sweep.algorithm == "pbt"
 
 
 def at_once(sweep: SweepSettings, points: list[Point], room: int) -> int:
@@ -64,9 +95,34 @@ def at_once(sweep: SweepSettings, points: list[Point], room: int) -> int:
     if sweep.algorithm == "pbt" and most < sweep.trials:
         raise SettingsError(
             f"sweep.trials: pbt trains all of its {sweep.trials} trials at once, and there is room for {most}: lower "
-            "sweep.trials, training.cpus_per_worker or knowledge.pool.cpus, or add nodes"
+            "sweep.trials, training.cpus_per_worker, knowledge.pool.cpus or what takes memory (model.dim, data.cache_mib), or "
+            "add nodes"
         )
     return min(most, count(sweep, points))
+
+
+def in_memory(takes: Forecast, workers: int, nodes: Sequence[float], most: int) -> int:
+    """How many trials, `most` at most, the nodes hold the data of at once: each has its own knowledge base on every node where
+    it has workers.
+
+    Args:
+        workers: of a trial.
+        nodes: bytes of memory of each node that workers may run on, as Ray counts it.
+    """
+    left, held = list(nodes), 0
+    while held < most and _holds(takes, workers, left):
+        held += 1
+    return held
+
+
+def _holds(takes: Forecast, workers: int, left: list[float]) -> bool:
+    """Take a trial's memory from what is left of each node; false if it is too little."""
+    for node, room in enumerate(left):
+        here = min(workers, max(0, int((room - takes.node_bytes) // takes.worker_bytes)))
+        if here:
+            left[node] -= takes.node_bytes + here * takes.worker_bytes
+            workers -= here
+    return workers == 0
 
 
 def config(sweep: SweepSettings, space: Space, points: list[Point], at_once: int, epochs: int) -> dict[str, Any]:

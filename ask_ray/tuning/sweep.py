@@ -104,11 +104,12 @@ class Checked:
 def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Console) -> Checked:
     """Everything that can be known to be wrong is, before the first trial; the corpus is prepared on the way."""
     search.check_metric(of)
+    search.check_donors(of, settings)
     _check_own(settings)
     swept.check_bounds(settings)
     points = space.points_of(swept, of)
     towers = _check_towers(settings, swept, points)
-    cluster.connect_for_sweep(settings, search.wanted_at_once(of))
+    cluster.connect_for_sweep(settings, search.wanted_at_once(of), search.stops(of))
     settings = _fitted(settings)
     storage = Folder.at(settings.run.storage)
     storage.check_writable("run.storage")
@@ -116,9 +117,10 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     begun = _check_same(folder, _told(swept, of, settings))
     _check_record(settings)
     corpus = experiment.prepared(settings, console)
-    at_once = search.at_once(of, points, _check_points(swept, settings, points, corpus, search.wanted_at_once(of)))
-    takes = forecast(settings, corpus, *towers)
-    check_memory(takes, at_once * trainer.workers_of(settings), cluster.memories(settings))
+    room = _check_points(swept, settings, points, corpus, search.wanted_at_once(of))
+    takes, workers, memories = forecast(settings, corpus, *towers), trainer.workers_of(settings), cluster.memories(settings)
+    check_memory(takes, workers, memories)
+    at_once = search.at_once(of, points, search.in_memory(takes, workers, memories, room))
     if begun is not None and at_once < begun:
         raise SettingsError(
             f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {at_once}: continue it where "
@@ -216,23 +218,50 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
     """How many trials the cluster holds at once, when all that could be tried has been checked against corpus and cluster.
 
     Raises:
-        SettingsError: naming the line of a setting that alone cannot work, else the point.
+        SettingsError: naming the line of a value that can work in no point, else the point.
     """
     if corpus.clips("validation") == 0:
         raise SettingsError("data: the validation split is empty, and a sweep compares trials on it: hold some clips out")
-    for one in swept.dimensions:
-        for value in one.values:
-            try:
-                trainer.check(with_values(settings, {one.key: value}), corpus)
-            except SettingsError as error:
-                if str(error).startswith(one.key):
-                    swept.refuse(one, str(error).removeprefix(f"{one.key} ").removeprefix(f"{one.key}: "))
+    _check_values(swept, settings, points, corpus)
     shares = {_share(settings): settings}
-    for made in swept.check_points(settings, points):
-        search.check_reported(made)
-        trainer.check(made, corpus)
+    for point, made in zip(points, swept.check_points(settings, points), strict=True):
+        try:
+            search.check_reported(made)
+            trainer.check(made, corpus)
+        except SettingsError as error:
+            if not str(error).startswith(swept.keys):  # of what all trials share
+                raise
+            raise swept.unfit(point, error) from error
         shares.setdefault(_share(made), made)
     return min(cluster.trials_at_once(_fitted(made), wanted) for made in shares.values())
+
+
+def _check_values(swept: Space, settings: Settings, points: list[Point], corpus: Corpus) -> None:
+    """Refuse values that cannot work with this corpus, whatever the other settings of a point are.
+
+    Raises:
+        SettingsError: naming the line.
+    """
+    for one in swept.dimensions:
+        for value in one.values:
+            problem = _problem(one.key, settings, swept.holding(one, value, points), corpus)
+            if problem:
+                swept.refuse(one, problem.removeprefix(f"{one.key} ").removeprefix(f"{one.key}: "))
+
+
+def _problem(key: str, settings: Settings, points: list[Point], corpus: Corpus) -> str:
+    """Why all of some points are refused for a setting; empty if one is not, or is for another."""
+    found = ""
+    for point in points:
+        try:
+            trainer.check(with_values(settings, point), corpus)
+        except SettingsError as error:
+            found = str(error)
+        else:
+            return ""
+        if not found.startswith(key):
+            return ""
+    return found
 
 
 def _share(settings: Settings) -> str:

@@ -1,5 +1,6 @@
 """How Ray Tune is told to search."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
 from ask_ray.config import SettingsError, SweepSettings, load
+from ask_ray.training.forecast import Forecast
 from ask_ray.tuning import search
 from ask_ray.tuning.search import within
 from ask_ray.tuning.space import Dimension, Space
@@ -62,3 +64,48 @@ def test_what_a_population_changes_stays_within_its_range():
     assert within(space, {"ask.rho": 1.08, "ask.beta": 0.3}) == {"ask.rho": 0.9, "ask.beta": 0.3}
     assert within(space, {"ask.rho": 0.16, "ask.beta": 0.0}) == {"ask.rho": 0.2, "ask.beta": 0.0}
     assert within(space, {"ask.rho": 0.5, "ask.beta": 0.0}) == {"ask.rho": 0.5, "ask.beta": 0.0}
+
+
+TAKES = Forecast(64, 4, 12, 0, 1000, 0, worker_bytes=10, node_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "most", "held"),
+    [
+        ([100.0], 1, 64, 6),  # each trial keeps a knowledge base of its own
+        ([100.0], 2, 64, 4),
+        ([100.0], 2, 3, 3),
+        ([14.0], 1, 64, 0),
+        ([16.0, 31.0], 1, 64, 3),
+        ([16.0, 31.0], 2, 64, 1),  # a worker on either, and of the second 16 are left
+        ([16.0, 31.0], 4, 64, 0),
+    ],
+)
+def test_trials_are_bounded_by_the_memory_of_the_nodes(nodes, workers, most, held):
+    assert search.in_memory(TAKES, workers, nodes, most) == held
+
+
+def test_a_population_says_what_to_lower_where_it_finds_no_room():
+    of = SweepSettings(algorithm="pbt", trials=4)
+    assert search.at_once(of, [], 4) == 4
+    with pytest.raises(SettingsError, match=r"^sweep\.trials: .* all of its 4 trials at once, .*room for 3: lower .*model\.dim"):
+        search.at_once(of, [], 3)
+    assert search.at_once(SweepSettings(concurrent=8), [], 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("training", "refused"),
+    [
+        ({"checkpoint_every": 3}, r"^training\.checkpoint_every is 3: .*sweep\.perturb_epochs \(2\).* to 2 or less$"),
+        ({"epochs": 2, "checkpoint_every": 2}, r"^training\.checkpoint_every is 2: .*training\.epochs \(2\).* to 1 or less$"),
+        ({"epochs": 1}, r"^training\.checkpoint_every is 1: .* and training\.epochs above 1$"),
+        ({"keep_checkpoints": 1}, r"^training\.keep_checkpoints is 1: "),
+        ({}, None),
+        ({"checkpoint_every": 3, "evaluation": "beside"}, None),
+    ],
+)
+def test_a_population_whose_runs_would_have_no_checkpoint_to_begin_from_is_refused(training, refused):
+    settings = load({"ask": {"enabled": False}, "training": {"epochs": 6, "evaluate_every": 1, **training}})
+    with pytest.raises(SettingsError, match=refused) if refused else contextlib.nullcontext():
+        search.check_donors(SweepSettings(algorithm="pbt", trials=2), settings)
+    search.check_donors(SweepSettings(), settings)

@@ -1,0 +1,63 @@
+"""Values that a corpus has no room for: refused with their line, but only where no point of the space makes them right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ask_ray.config import Settings, SettingsError, SweepSettings, load
+from ask_ray.data.corpus import Corpus
+from ask_ray.data.schema import FORMAT, SPLITS
+from ask_ray.storage import Folder
+from ask_ray.tuning import space, sweep
+
+CAPTIONS, NC, K = "knowledge.captions_per_clip", "ask.prototypes", "ask.neighbours"
+
+
+def settings_of(**ask: Any) -> Settings:
+    shared = {"workers": 1, "batch_size": 8, "device": "cpu", "evaluate_every": 1}
+    return load({"training": shared, "knowledge": {"captions_per_clip": 1}, "ask": {"prototypes": 8, **ask}})
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """100 clips of five captions, of which there is no more than what the manifest tells."""
+    files = [{"name": "clips", "clips": 100}]
+    told = {"format": FORMAT, "splits": {split: {"clips": 100, "most_captions": 5, "files": files} for split in SPLITS}}
+    (Folder.at(str(tmp_path)) / "corpus").write_json("manifest.json", told)
+    return Corpus.open(str(tmp_path / "corpus"))
+
+
+def check(tmp_path: Path, corpus: Corpus, swept: dict[str, Any], algorithm: str, base: Settings) -> None:
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"space": swept}, sort_keys=False))
+    made = space.read(str(tmp_path / "space.yaml")).space
+    sweep._check_values(made, base, space.points_of(made, SweepSettings(algorithm=algorithm)), corpus)
+
+
+@pytest.mark.parametrize(
+    ("swept", "algorithm"),
+    [
+        ({CAPTIONS: {"grid": [1, 5]}, NC: {"grid": [400], "when": {CAPTIONS: 5}}}, "grid"),
+        ({CAPTIONS: {"choice": [1, 5]}, NC: {"choice": [400], "when": {CAPTIONS: 5}}}, "optuna"),
+        ({CAPTIONS: {"choice": [1, 5]}, NC: {"randint": [200, 501], "when": {CAPTIONS: 5}}}, "optuna"),
+        ({CAPTIONS: {"grid": [5]}, NC: {"grid": [8, 500]}}, "grid"),
+        ({"ask.enabled": {"grid": [True, False]}, K: {"grid": [5, 50], "when": {"ask.enabled": True}}}, "grid"),
+    ],
+)
+def test_a_value_is_tried_with_the_values_that_it_is_swept_beside(tmp_path, corpus, swept, algorithm):
+    check(tmp_path, corpus, swept, algorithm, settings_of(exclude="none"))
+
+
+@pytest.mark.parametrize(
+    ("swept", "algorithm", "line"),
+    [
+        ({CAPTIONS: {"grid": [1, 5]}, NC: {"grid": [8, 501]}}, "grid", 6),
+        ({CAPTIONS: {"choice": [1, 5]}, NC: {"choice": [101], "when": {CAPTIONS: 1}}}, "optuna", 6),
+        ({CAPTIONS: {"choice": [1, 5]}, NC: {"randint": [8, 502], "when": {CAPTIONS: 5}}}, "optuna", 6),
+        ({K: {"lograndint": [2, 102]}}, "random", 2),
+    ],
+)
+def test_a_value_that_works_in_no_point_is_refused_with_its_line(tmp_path, corpus, swept, algorithm, line):
+    with pytest.raises(SettingsError, match=rf"space\.yaml:{line}: ask\.(prototypes|neighbours): is \d+, but"):
+        check(tmp_path, corpus, swept, algorithm, settings_of(exclude="none"))
