@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
+from filelock import FileLock
 from ray.train import Checkpoint, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from ask_ray import config
 from ask_ray.config import Settings, UserError
+from ask_ray.knowledge.cache import in_use, lock
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder, StorageError, Tell, patiently
@@ -231,6 +236,40 @@ def newest_name(run: Folder, below: float = math.inf) -> str:
     return PurePosixPath(found[-1].path).name
 
 
+def staging() -> Path:
+    """The local folder of this process for checkpoints on their way to or from storage. It is the process's alone, and
+    :func:`tidy` leaves it as long as the process lives."""
+    made = _staging()
+    if not made.is_dir():  # systems clear their temporary folder of what is old
+        _staging.cache_clear()
+        made = _staging()
+    return made
+
+
+@lru_cache(maxsize=1)
+def _staging() -> Path:
+    with _temporary() as root:
+        made = Path(tempfile.mkdtemp(dir=root))
+        lock(made)  # until the process ends, however it does
+    return made
+
+
+def tidy() -> None:
+    """Remove from this node the checkpoints that were on their way when their process was ended."""
+    with contextlib.suppress(OSError), _temporary() as root:  # a folder that cannot be tidied stops no run
+        for left in [path for path in root.iterdir() if path.is_dir() and not in_use(path)]:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """The folder of all processes' of this user, to make one in it or to remove some as long as the `with` lasts."""
+    root = Path(tempfile.gettempdir()) / f"ask_ray-checkpoints-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(root / "lock"):
+        yield root
+
+
 def uploading(run: Folder, tell: Tell) -> Callable[[Checkpoint, str], Checkpoint]:
     """How Ray Train's worker copies a checkpoint to the run's folder: as it does by itself, but :func:`patiently`."""
 
@@ -259,7 +298,7 @@ def fetched(saved: Folder, tell: Tell) -> Iterator[Path]:
     if saved.local is not None:
         yield saved.local
         return
-    with tempfile.TemporaryDirectory(prefix="ask_ray-checkpoint-") as made:
+    with tempfile.TemporaryDirectory(dir=staging()) as made:
         patiently(lambda: saved.download(Path(made)), tell)
         yield Path(made)
 

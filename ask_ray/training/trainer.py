@@ -28,7 +28,7 @@ from ask_ray.knowledge.sources import Extent, Source, check_sources, entries_of,
 from ask_ray.models import registry
 from ask_ray.storage import Folder
 from ask_ray.training.beside import validation_of
-from ask_ray.training.checkpoint import CHECKPOINTS, PREFIX
+from ask_ray.training.checkpoint import CHECKPOINTS, PREFIX, tidy
 from ask_ray.training.worker import WorkerPlan, encoding_plan, train_worker
 
 #: Ray Train looks for reports this often; with its default of 2 s, short epochs would wait for it.
@@ -74,7 +74,9 @@ class RunPlace:
         return self.folder / "knowledge"
 
     def forget(self) -> None:
-        """Remove its checkpoints and its knowledge base; figures and pictures stay."""
+        """Remove its checkpoints, those too that never came to its folder from this node, and its knowledge base; figures and
+        pictures stay."""
+        tidy()
         for name in self.folder.names() if self.folder.exists() else []:
             if name == CHECKPOINTS:
                 self.folder.remove(name)
@@ -284,6 +286,7 @@ def train(settings: Settings, corpus: Corpus, place: RunPlace, journal: Journal)
             with contextlib.suppress(*AWAY):
                 ray.get(refiner.tidied.remote(), timeout=TIDYING_SECONDS)
             ray.kill(refiner)
+        tidy()
 
 
 def _cause(error: BaseException) -> str:

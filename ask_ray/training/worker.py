@@ -72,6 +72,7 @@ class Worker:
     """One rank of a run."""
 
     def __init__(self, plan: WorkerPlan) -> None:
+        checkpoint.tidy()
         self.plan, self.settings = plan, plan.settings
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
@@ -308,7 +309,7 @@ class Worker:
 
     def _checkpoint(self, states: list[dict[str, Tensor]]) -> ray.train.Checkpoint:
         """A checkpoint in a temporary folder, which Ray Train removes when it has copied it."""
-        folder = tempfile.mkdtemp(prefix="ask_ray-checkpoint-")
+        folder = tempfile.mkdtemp(dir=checkpoint.staging())
         optimizer, scheduler = self.stepper.optimizer, self.stepper.scheduler
         checkpoint.save(Path(folder), self.place, self.settings, self.model, optimizer, scheduler, states, self._memory())
         return ray.train.Checkpoint.from_directory(folder)

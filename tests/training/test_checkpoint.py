@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from ask_ray.storage import Folder
 from ask_ray.training import checkpoint
 from ask_ray.training.checkpoint import CheckpointError, Place
 from ask_ray.training.step import Stepper
+from ask_ray.training.trainer import RunPlace
 
 RATE, PER_EPOCH = 8000, 6
 SETTINGS = load(
@@ -323,3 +329,64 @@ def test_a_checkpoint_that_is_removed_meanwhile_pins_nothing(tmp_path, monkeypat
 
     monkeypatch.setattr(Folder, "read_json", raced)
     assert checkpoint.pinned_versions(run) == [2]
+
+
+def stage() -> tuple[int, Path]:
+    """Another process with a checkpoint on its way: its id, and where the checkpoint is."""
+    there, told = os.pipe()
+    process = os.fork()
+    if process == 0:
+        checkpoint._staging.cache_clear()
+        made = Path(tempfile.mkdtemp(dir=checkpoint.staging()))
+        (made / "model.safetensors").write_bytes(b"weights")
+        os.write(told, str(made).encode())
+        signal.pause()
+    return process, Path(os.read(there, 4096).decode())
+
+
+def end(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The system's temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checkpoint._staging.cache_clear()
+    yield tmp_path
+    checkpoint._staging.cache_clear()
+
+
+def test_a_checkpoint_on_its_way_is_removed_when_its_process_is_gone_and_not_before(temporary):
+    mine = Path(tempfile.mkdtemp(dir=checkpoint.staging()))
+    process, made = stage()
+    try:
+        checkpoint.tidy()
+        assert (made / "model.safetensors").exists()
+    finally:
+        end(process)
+    checkpoint.tidy()
+    assert not made.parent.exists()
+    assert mine.exists()
+    assert [path.name for path in temporary.iterdir()] == [f"ask_ray-checkpoints-{os.getuid()}"]
+
+
+def test_a_run_that_is_forgotten_leaves_no_checkpoint_that_was_on_its_way(temporary):
+    process, made = stage()
+    end(process)
+    RunPlace(Folder.at(str(temporary / "runs")), "a").forget()
+    assert not made.parent.exists()
+
+
+def test_a_temporary_folder_that_was_cleared_is_made_anew(temporary):
+    before = checkpoint.staging()
+    shutil.rmtree(before)
+    assert checkpoint.staging().is_dir()
+    checkpoint.tidy()
+    assert checkpoint.staging().is_dir()
+
+
+def test_a_temporary_folder_that_cannot_be_tidied_stops_nothing(temporary):
+    (temporary / f"ask_ray-checkpoints-{os.getuid()}").write_text("no folder")
+    checkpoint.tidy()
