@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -28,8 +28,13 @@ from ask_ray.tuning.space import INTEGERS, LISTS, Dimension, Space
 POLICY, INTERVAL = "knowledge.refresh.policy", "knowledge.refresh.interval"
 
 
-def draw(folder: Folder, space: Space, base: Settings, rows: Sequence[Row], sweep: SweepSettings) -> list[str]:
+def draw(
+    folder: Folder, space: Space, base: Settings, rows: Sequence[Row], sweep: SweepSettings, tell: Callable[[str], None]
+) -> list[str]:
     """Draw what the trials that have a value allow into ``<folder>/pictures``; stopped trials count with their last figure.
+
+    Args:
+        tell: called with what went wrong with a picture, which costs neither the others nor the sweep's answer.
 
     Returns:
         the names of the pictures.
@@ -38,22 +43,32 @@ def draw(folder: Folder, space: Space, base: Settings, rows: Sequence[Row], swee
     if not known:
         return []
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings(), plt.style.context("default"):  # Optuna's pictures set a style of their own
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = study_of(space, base, known, sweep)
-        made = {
-            "settings.png": _settings(space, known, sweep),
-            "refreshing.png": _refreshing(base, known, sweep) if {POLICY, INTERVAL} & {*space.keys} else None,
-            "parallel.png": _parallel(study, sweep) if len(known) > 1 else None,
-            "importance.png": _importance(study, sweep) if _differ(known) else None,
-        }
-    for name, figure in made.items():
-        if figure is not None:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=120, bbox_inches="tight")
-            plt.close(figure)
-            (folder / "pictures").write(name, buffer.getvalue())
-    return [name for name, figure in made.items() if figure is not None]
+    drawn = []
+    for name, make in _wanted(space, base, known, sweep).items():
+        with warnings.catch_warnings(), plt.style.context("default"):  # Optuna's pictures set a style of their own
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            try:
+                buffer = io.BytesIO()
+                make().savefig(buffer, dpi=120, bbox_inches="tight")
+                (folder / "pictures").write(name, buffer.getvalue())
+                drawn.append(name)
+            except Exception as error:
+                tell(f"{name}: {type(error).__name__}: {error}")
+            finally:
+                plt.close("all")
+    return drawn
+
+
+def _wanted(space: Space, base: Settings, rows: Sequence[Row], sweep: SweepSettings) -> dict[str, Callable[[], Figure]]:
+    """The pictures that trials have something to show in, and what makes each."""
+    made: dict[str, Callable[[], Figure]] = {"settings.png": lambda: _settings(space, rows, sweep)}
+    if {POLICY, INTERVAL} & {*space.keys}:
+        made["refreshing.png"] = lambda: _refreshing(base, rows, sweep)
+    if len(rows) > 1:
+        made["parallel.png"] = lambda: _parallel(study_of(space, base, rows, sweep), sweep)
+    if _differ(rows):
+        made["importance.png"] = lambda: _importance(study_of(space, base, rows, sweep), sweep)
+    return made
 
 
 def _differ(rows: Sequence[Row]) -> bool:
@@ -84,7 +99,7 @@ def _distribution(one: Dimension, values: Sequence[Any]) -> BaseDistribution:
     if not numeric or (one.kind in LISTS and len(one.values) == 1):
         return CategoricalDistribution(sorted({*map(str, one.values), *map(str, values)}))
     low, high = min(*one.values, *values), max(*one.values, *values)
-    log = one.kind.startswith("log")
+    log = one.kind.startswith("log") and low > 0  # what trials share may be 0, which has no logarithm
     if one.kind in INTEGERS or all(isinstance(value, int) for value in (*one.values, *values)):
         return IntDistribution(int(low), int(high), log=log)
     return FloatDistribution(float(low), float(high), log=log)

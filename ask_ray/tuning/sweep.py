@@ -15,6 +15,7 @@ import yaml
 from ray import tune
 from ray.tune.execution import class_cache
 from rich.console import Console
+from rich.markup import escape
 
 from ask_ray import cluster, experiment, lease, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, SweepSettings, with_values
@@ -346,12 +347,12 @@ def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float, c
 
 
 def _drawn(checked: Checked, of: SweepSettings, rows: list[outcome.Row], console: Console) -> list[str]:
-    """The pictures; what goes wrong with them must not cost the answer."""
-    try:
-        return pictures.draw(checked.folder, checked.space, checked.settings, rows, of)
-    except Exception as error:
-        console.print(f"[yellow]The pictures could not be drawn[/]: {type(error).__name__}: {error}", soft_wrap=True)
-        return []
+    """The pictures; what goes wrong with them is told."""
+
+    def tell(problem: str) -> None:
+        console.print(f"[yellow]A picture could not be drawn[/]: {escape(problem)}", soft_wrap=True)
+
+    return pictures.draw(checked.folder, checked.space, checked.settings, rows, of, tell)
 
 
 def _tell(console: Console, found: dict[str, Any], table: Sheet, folder: Folder, recorder: tracking.Recorder) -> None:

@@ -51,14 +51,16 @@ def test_fanova_finds_the_setting_that_matters():
     assert optuna.importance.get_param_importances(study, evaluator=evaluator)["ask.rho"] > 0.9
 
 
+def draw(folder: Folder, space: Space, rows: list[dict], base: Settings | None = None) -> tuple[list[str], list[str]]:
+    """The names of the pictures, and what went wrong."""
+    told: list[str] = []
+    return pictures.draw(folder, space, base or Settings(), rows, SweepSettings(), told.append), told
+
+
 def test_all_pictures_of_a_sweep_are_drawn(tmp_path):
     folder = Folder.at(str(tmp_path))
-    assert pictures.draw(folder, SPACE, Settings(), drawn(8), SweepSettings()) == [
-        "settings.png",
-        "parallel.png",
-        "importance.png",
-    ]
-    assert pictures.draw(folder, REFRESHING, Settings(), refreshed(), SweepSettings())[:2] == ["settings.png", "refreshing.png"]
+    assert draw(folder, SPACE, drawn(8)) == (["settings.png", "parallel.png", "importance.png"], [])
+    assert draw(folder, REFRESHING, refreshed())[0][:2] == ["settings.png", "refreshing.png"]
     for name in (folder / "pictures").names():
         pixels = imread(io.BytesIO((folder / "pictures").read(name)))
         assert min(pixels.shape[:2]) > 200
@@ -68,12 +70,31 @@ def test_all_pictures_of_a_sweep_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], [row("a", {}, "failed")]], ids=["none", "failed"])
 def test_without_a_value_there_is_no_picture(tmp_path, rows):
-    assert pictures.draw(Folder.at(str(tmp_path)), SPACE, Settings(), rows, SweepSettings()) == []
+    assert draw(Folder.at(str(tmp_path)), SPACE, rows) == ([], [])
 
 
 def test_trials_that_are_all_alike_have_no_importance(tmp_path):
     rows = [one | {"value": 0.5} for one in drawn(8)]
-    assert "importance.png" not in pictures.draw(Folder.at(str(tmp_path)), SPACE, Settings(), rows, SweepSettings())
+    assert "importance.png" not in draw(Folder.at(str(tmp_path)), SPACE, rows)[0]
+
+
+def test_a_range_of_logarithms_beside_a_shared_zero_is_drawn(tmp_path):
+    decay = Dimension("training.weight_decay", "loguniform", (1e-4, 1e-1), 5, {POLICY.key: ("fixed",)})
+    probe = Dimension("knowledge.drift_probe", "lograndint", (8, 65), 6, {POLICY.key: ("fixed",)})
+    space = Space("space.yaml", (POLICY, decay, probe))
+    base = load({"training": {"weight_decay": 0.0}, "knowledge": {"drift_probe": 0}})
+    rows = [row(str(at), {"0": 0.1 * at}, point=point) for at, point in enumerate(space.drawn(12, 0))]
+    assert {"static", "fixed"} <= {one["point"][POLICY.key] for one in rows}
+    names, told = draw(Folder.at(str(tmp_path)), space, rows, base)
+    assert ({"parallel.png", "importance.png"} <= {*names}, told) == (True, [])
+
+
+def test_a_picture_that_fails_is_told_and_costs_no_other(tmp_path):
+    rows = [one | {"refresh_seconds": "long"} for one in refreshed()]
+    names, (told,) = draw(Folder.at(str(tmp_path)), REFRESHING, rows)
+    assert {"settings.png", "parallel.png"} <= {*names}
+    assert told.startswith("refreshing.png: TypeError: ")
+    assert not plt.get_fignums()
 
 
 def test_freshness_goes_from_the_stalest_to_the_freshest():
