@@ -28,9 +28,16 @@ def write_space(home: Path, space: dict[str, Any], sweep: dict[str, Any], settin
     return file
 
 
-def start(file: Path, name: str, *more: str, cwd: Path = ROOT) -> subprocess.Popen:
+#: Runs a job as on a machine of two cores: a session that it starts has no more, so that what is not given back is missed.
+ON_TWO_CORES = (
+    "import os, runpy, sys; os.cpu_count = lambda: 2; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def start(file: Path, name: str, *more: str, cwd: Path = ROOT, on_two_cores: bool = False) -> subprocess.Popen:
     """`jobs/tune.py`, in a process group of its own and a Ray session of its own."""
-    command = [sys.executable, str(ROOT / "jobs/tune.py"), "--space", str(file), "--sweep.name", name, *more]
+    python = [sys.executable, *(["-c", ON_TWO_CORES] if on_two_cores else [])]
+    command = [*python, str(ROOT / "jobs/tune.py"), "--space", str(file), "--sweep.name", name, *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(

@@ -167,7 +167,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     rates = {"training.learning_rate": {"grid": [1e-3, 3e-3, 1e-2, 1e30]}, "model.temperature": {"grid": [0.05, 0.07, 0.1]}}
     own = {"run": {"storage": "runs"}, "data": {**QUICK["data"], "prepared": "prepared"}}  # relative, as people give them
     of = {**GRID, "early_stopping": True, "grace_epochs": 1, "reduction": 2, "concurrent": 2}
-    job = start(write_space(home, rates, of, own), "sweep", cwd=home)
+    job = start(write_space(home, rates, of, own), "sweep", cwd=home, on_two_cores=True)
     told, _ = job.communicate(timeout=540)
     assert job.returncode == 0, told
     return home / "runs/sweep", told
