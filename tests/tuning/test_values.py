@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ask_ray.config import Settings, SettingsError, SweepSettings, load
+from ask_ray.config import Settings, SettingsError, SweepSettings, load, with_values
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import FORMAT, SPLITS
 from ask_ray.storage import Folder
@@ -29,9 +29,13 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus.open(str(tmp_path / "corpus"))
 
 
-def check(tmp_path: Path, corpus: Corpus, swept: dict[str, Any], algorithm: str, base: Settings) -> None:
+def read(tmp_path: Path, swept: dict[str, Any]) -> space.Space:
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"space": swept}, sort_keys=False))
-    made = space.read(str(tmp_path / "space.yaml")).space
+    return space.read(str(tmp_path / "space.yaml")).space
+
+
+def check(tmp_path: Path, corpus: Corpus, swept: dict[str, Any], algorithm: str, base: Settings) -> None:
+    made = read(tmp_path, swept)
     sweep._check_values(made, base, space.points_of(made, SweepSettings(algorithm=algorithm)), corpus)
 
 
@@ -61,3 +65,16 @@ def test_a_value_is_tried_with_the_values_that_it_is_swept_beside(tmp_path, corp
 def test_a_value_that_works_in_no_point_is_refused_with_its_line(tmp_path, corpus, swept, algorithm, line):
     with pytest.raises(SettingsError, match=rf"space\.yaml:{line}: ask\.(prototypes|neighbours): is \d+, but"):
         check(tmp_path, corpus, swept, algorithm, settings_of(exclude="none"))
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ({}, r"^\S+space\.yaml: .* point that cannot run: knowledge\.captions_per_clip 1, ask\.prototypes 400: .*`when`$"),
+        ({"training.evaluate_every": 3}, r"^training\.evaluate_every is 3: "),  # of what all trials share
+    ],
+)
+def test_what_fails_in_one_point_names_the_point_and_what_fails_in_all_the_setting(tmp_path, corpus, base, told):
+    made = read(tmp_path, {CAPTIONS: {"grid": [1, 5]}, NC: {"grid": [8, 400]}})
+    with pytest.raises(SettingsError, match=told):
+        sweep._check_points(made, with_values(settings_of(exclude="none"), base), made.grid(), corpus, None)
