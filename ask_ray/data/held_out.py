@@ -45,28 +45,9 @@ class HeldOut:
         """The same of the corpora that `data.held_out` names.
 
         Raises:
-            SettingsError: if one is not there, or is kept in another form, or holds out recordings of which this corpus would
-                keep more or less, so that digests could not be compared.
+            SettingsError: as :func:`opened`.
         """
-        opened = []
-        for place in places:
-            try:
-                corpus = Corpus.open(place)
-            except SettingsError as error:
-                raise SettingsError(f"data.held_out: {error}") from error
-            if corpus.form != form:
-                raise SettingsError(
-                    f"data.held_out: {corpus.folder} has {corpus.form}, but this corpus is to have {form} ({form.setting}): "
-                    "prepare both alike, so that their samples can be compared"
-                )
-            if corpus.cut_otherwise(HELD_OUT, form):
-                raise SettingsError(
-                    f"data.held_out: {corpus.folder} keeps {corpus.form.seconds:g} s of a recording, but this corpus is to keep "
-                    f"{form.seconds:g} s (data.keep_seconds), and longer ones are evaluated on: prepare both alike, so that "
-                    "their samples can be compared"
-                )
-            opened.append(corpus)
-        return cls.of(opened)
+        return cls.of(opened(places, form))
 
     def joined(self, other: HeldOut) -> HeldOut:
         """Both; where a clip stands in both, the first is told."""
@@ -87,6 +68,37 @@ class HeldOut:
             if name is not None and name in held:
                 return Found(reason, held[name])
         return None
+
+
+def opened(places: Sequence[str], form: Form) -> list[Corpus]:
+    """The corpora that `data.held_out` names.
+
+    Args:
+        form: of the corpus that is to be kept free of what they hold out.
+
+    Raises:
+        SettingsError: if one is not there, or is kept in another form, or holds out recordings of which this corpus would keep
+            more or less, so that digests could not be compared.
+    """
+    found = []
+    for place in places:
+        try:
+            corpus = Corpus.open(place)
+        except SettingsError as error:
+            raise SettingsError(f"data.held_out: {error}") from error
+        if corpus.form != form:
+            raise SettingsError(
+                f"data.held_out: {corpus.folder} has {corpus.form}, but this corpus is to have {form} ({form.setting}): "
+                "prepare both alike, so that their samples can be compared"
+            )
+        if corpus.cut_otherwise(HELD_OUT, form):
+            raise SettingsError(
+                f"data.held_out: {corpus.folder} keeps {corpus.form.seconds:g} s of a recording, but this corpus is to keep "
+                f"{form.seconds:g} s (data.keep_seconds), and longer ones are evaluated on: prepare both alike, so that "
+                "their samples can be compared"
+            )
+        found.append(corpus)
+    return found
 
 
 def _first(names: Sequence[str | None], where: Sequence[str]) -> dict[str, str]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import count
 
 from ask_ray.config import KnowledgeSettings, SettingsError
+from ask_ray.data import held_out as holding
 from ask_ray.data.corpus import Corpus, Identities
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.schema import SPLITS
+from ask_ray.data.schema import HELD_OUT, SPLITS
 from ask_ray.knowledge.snapshot import TRAIN
 from ask_ray.storage import Folder, masked
 
@@ -84,29 +85,35 @@ def _name(place: str, taken: set[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def check_sources(sources: Sequence[Source], corpus: Corpus) -> Extent:
+def check_sources(sources: Sequence[Source], corpus: Corpus, held_out: Sequence[str] = ()) -> Extent:
     """Refuse, before training, sources that could not be encoded or would spoil what is measured.
 
     Reads the ids, source ids and digests of all clips if there are sources beside the run's own training split.
 
     Args:
         corpus: the run's.
+        held_out: places of other prepared corpora whose evaluation splits the run keeps out of training (`data.held_out`).
 
     Raises:
         SettingsError: naming `knowledge.sources` and the source: a place without a prepared corpus, another form, no
             training clips, a missing modality, recordings cut at other lengths, so that they could not be recognised, clips that
-            the run holds out (by id, source id or digest), or an id that stands for different recordings.
+            are evaluated on here or there (by id, source id or digest), or an id that stands for different recordings; as
+            :func:`ask_ray.data.held_out.opened`.
     """
     others = [(source, _opened(source, corpus)) for source in sources if not source.in_domain]
     if not others:
         return Extent(corpus.clips("train"), corpus.clips("train"))
     known = [(corpus, _digests(corpus.identities("train")))]
-    held_out = HeldOut.of([corpus])
+    elsewhere = holding.opened(held_out, corpus.form)
+    evaluated = [corpus, *elsewhere]
+    everywhere = HeldOut.of(evaluated)
     for source, opened in others:
         for other, _ in known:
-            _refuse_other_cut(source, opened, other)
+            _refuse_other_cut(source, opened, other, SPLITS)
+        for other in elsewhere:
+            _refuse_other_cut(source, opened, other, HELD_OUT)
         clips = opened.identities(source.split)
-        _refuse_leak(source, clips, corpus, held_out)
+        _refuse_leak(source, clips, evaluated, everywhere)
         digests = _digests(clips)
         for other, there in known:
             _refuse_clash(source, digests, other, there)
@@ -143,9 +150,9 @@ def _opened(source: Source, corpus: Corpus) -> Corpus:
     return opened
 
 
-def _refuse_other_cut(source: Source, opened: Corpus, other: Corpus) -> None:
-    """Only where both hold such recordings could one of them be the same."""
-    if opened.cut_otherwise([source.split], other.form) and other.cut_otherwise(SPLITS, opened.form):
+def _refuse_other_cut(source: Source, opened: Corpus, other: Corpus, splits: Sequence[str]) -> None:
+    """Only where both hold such recordings could one of them be the same. `splits`: those of the other corpus that matter."""
+    if opened.cut_otherwise([source.split], other.form) and other.cut_otherwise(splits, opened.form):
         raise SettingsError(
             f"knowledge.sources: {opened.folder} keeps {opened.form.seconds:g} s of a recording and {other.folder} "
             f"{other.form.seconds:g} s, and both hold longer ones, which could not be recognised as the same: prepare it with "
@@ -153,16 +160,17 @@ def _refuse_other_cut(source: Source, opened: Corpus, other: Corpus) -> None:
         )
 
 
-def _refuse_leak(source: Source, clips: Identities, corpus: Corpus, held_out: HeldOut) -> None:
+def _refuse_leak(source: Source, clips: Identities, evaluated: Sequence[Corpus], held_out: HeldOut) -> None:
     found = [(clip[0], leak) for clip in zip(*clips, strict=True) if (leak := held_out.find(*clip))]
     if found:
         reasons = Counter(leak.reason for _, leak in found)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         clip, leak = found[0]
+        names = ", ".join(str(corpus.folder) for corpus in evaluated if corpus.folder.uri != source.corpus)
         raise SettingsError(
-            f"knowledge.sources: {masked(source.corpus)} holds {len(found)} clips that the run is evaluated on ({counts}), such "
+            f"knowledge.sources: {masked(source.corpus)} holds {len(found)} clips that are evaluated on ({counts}), such "
             f"as {clip!r}, which is {leak.where}. They must not be in the knowledge base: prepare it with "
-            f"--data.held_out '[{corpus.folder}]', which leaves them out and lists them"
+            f"--data.held_out '[{names}]', which leaves them out and lists them"
         )
 
 

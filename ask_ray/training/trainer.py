@@ -142,7 +142,7 @@ def check(settings: Settings, corpus: Corpus) -> None:
     if settings.ask.enabled:
         _check_refreshing(settings, corpus)
         sources = sources_of(settings.knowledge.sources, corpus.folder.uri)
-        extent = check_sources(sources, corpus)
+        extent = check_sources(sources, corpus, settings.data.held_out)
         entries = entries_of(settings.knowledge, corpus.folder.uri)
         _check_neighbours(settings, extent, entries)
         if _searches_on_gpu(settings):

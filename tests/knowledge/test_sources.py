@@ -1,7 +1,7 @@
 """What a knowledge base is made from: names, what is refused before training, and that one recording counts once."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,14 @@ def foreign(home) -> Corpus:
     return altered(prepared(home / "seeded", seed=1), home / "foreign", renamed)
 
 
-def check(corpus: Corpus, *wanted: str | Corpus) -> Extent:
+def check(corpus: Corpus, *wanted: str | Corpus, held_out: Sequence[Corpus] = ()) -> Extent:
     places = [one if isinstance(one, str) else str(one.folder) for one in wanted]
-    return check_sources(sources_of(places, str(corpus.folder)), corpus)
+    return check_sources(sources_of(places, str(corpus.folder)), corpus, [str(one.folder) for one in held_out])
 
 
-def refused(corpus: Corpus, *wanted: str | Corpus) -> str:
+def refused(corpus: Corpus, *wanted: str | Corpus, held_out: Sequence[Corpus] = ()) -> str:
     with pytest.raises(SettingsError, match=r"^knowledge\.sources: ") as refusal:
-        check(corpus, *wanted)
+        check(corpus, *wanted, held_out=held_out)
     return str(refusal.value)
 
 
@@ -253,7 +253,7 @@ def with_one(table: pa.Table, column: str, value: str) -> pa.Table:
 def test_clips_that_the_run_holds_out_are_refused(corpus, enriched, tmp_path, split):
     leak = f"{split}-0000001"
     told = refused(corpus, "train", altered(enriched, tmp_path / "leak", lambda table: with_one(table, "id", leak)))
-    assert f"leak holds 1 clips that the run is evaluated on (1 held out by id), such as {leak!r}" in told
+    assert f"leak holds 1 clips that are evaluated on (1 held out by id), such as {leak!r}" in told
     assert f"{split} clip {leak!r} of {corpus.folder}" in told
     assert f"--data.held_out '[{corpus.folder}]'" in told
 
@@ -278,3 +278,36 @@ def test_clips_of_a_source_that_is_held_out_are_refused(corpus, enriched, tmp_pa
     told = refused(run, "train", leaking)
     assert "(1 held out by source id), such as 'train-0000045'" in told
     assert "test clip 'test-0000000'" in told
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_clips_that_another_corpus_holds_out_are_refused_where_the_run_holds_them_out_too(
+    corpus, enriched, tmp_path, home, split
+):
+    other = altered(prepared(home / f"elsewhere-{split}", train=2, seed=11), tmp_path / "elsewhere", renamed)
+    assert check(corpus, "train", enriched, held_out=[other]).clips == TRAIN
+    digest = other.identities(split).digests[1]
+    leaking = altered(enriched, tmp_path / "leak", lambda table: with_one(table, "digest", digest))
+    told = refused(corpus, enriched, leaking, held_out=[other])
+    assert f"{split} clip 'other {split}-0000001' of {other.folder}" in told
+    assert f"--data.held_out '[{corpus.folder}, {other.folder}]'" in told
+    third = altered(leaking, tmp_path / "third", renamed)
+    assert check(corpus, "train", third).clips == 2 * TRAIN - 20, "nobody is evaluated on it"
+
+
+def test_a_source_that_is_held_out_itself_is_not_told_to_hold_itself_out(corpus, home, tmp_path):
+    source = altered(prepared(home / "itself", train=9, seed=12), tmp_path / "itself", renamed)
+    assert check(corpus, source, held_out=[source]) == Extent(clips=9, own=0)
+    leaking = altered(source, tmp_path / "leak", lambda table: put(table, "digest", pa.array(["0"] * len(table))))
+    evaluated = altered(corpus, tmp_path / "run", lambda table: put(table, "digest", pa.array(["0"] * len(table))))
+    assert f"--data.held_out '[{evaluated.folder}]'" in refused(evaluated, leaking, held_out=[leaking])
+
+
+def test_a_source_that_was_cut_otherwise_than_a_corpus_that_is_held_out_is_refused(tmp_path, write_audio):
+    """Of that corpus only what it is evaluated on matters."""
+    run = recorded(tmp_path / "run", write_audio, 2, train=1, test=1)
+    source = recorded(tmp_path / "source", write_audio, 300, other=3)
+    other = recorded(tmp_path / "elsewhere", write_audio, 2, train=3, testing=1)
+    assert check(run, "train", source, held_out=[other]).own == 1
+    held = recorded(tmp_path / "held", write_audio, 2, testing=3, dog=1)
+    assert f"{held.folder} 2 s" in refused(run, "train", source, held_out=[held])
