@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -46,7 +47,7 @@ def decode(source: Path | BinaryIO, name: str, rate: int, seconds: float = math.
         UnusableClip: if it cannot be decoded, or is broken off as far as :func:`~ask_ray.data.containers.refuse_broken` can tell.
     """
     try:
-        with soundfile.SoundFile(source) as file:
+        with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else source) as file:
             form = "MP3" if file.subtype.startswith("MPEG") else file.format  # a WAV file may hold MPEG frames
             found, frames = file.samplerate, file.frames
             kept = int(min(frames, math.ceil(seconds * found))) if seconds < math.inf else frames

@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SplitShares
-from ask_ray.data import audio, embedded, folders, image_layouts, layouts, pictures
+from ask_ray.data import audio, embedded, files, folders, image_layouts, layouts, pictures
 from ask_ray.data import rows as planning
 from ask_ray.data.folders import Named
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rows import Listing, Row
 from ask_ray.data.schema import (
     BY_DIGEST,
+    MISSING,
     NO_CAPTION,
     SPLITS,
     Clip,
@@ -77,7 +78,11 @@ class Source(Protocol):
         """What the data card tells of where the corpus came from: `layout`, `folder`, and `lists` with their digests."""
 
     def clips(self, shard: Shard) -> Iterator[Clip | Picture | Rejection]:
-        """The shard's clips, in order, and what had to be set aside."""
+        """The shard's clips, in order, and what had to be set aside.
+
+        Raises:
+            StorageError: if a file that planning saw cannot be read: nothing is set aside for what is the storage's fault.
+        """
 
 
 def source_of(data: DataSettings, held_out: HeldOut | None = None) -> Source:
@@ -213,7 +218,7 @@ def _decoded(rows: tuple[Row, ...], rate: int, min_seconds: float, keep_seconds:
             evaluated |= {digest} if row.split != "train" else set()
             takes.setdefault(str(row.split), []).append((waveform.astype(np.float32) / 32767.0, caption))
         except UnusableClip as error:
-            rejected.append(row.rejection(error.reason, error.detail))
+            rejected.append(_set_aside(row, error))
     return _Recorded({split: RecordedBank(of) for split, of in takes.items()}, tuple(rejected))
 
 
@@ -290,7 +295,7 @@ class RecordingSource(ListedSource):
             try:
                 yield self._clip(row, recording)
             except UnusableClip as error:
-                yield row.rejection(error.reason, error.detail)
+                yield _set_aside(row, error)
 
     def _clip(self, row: Row, recording: BinaryIO | Path | UnusableClip) -> Clip:
         captions, rate, seconds = usable_captions(row.captions), self.data.sample_rate, self.data.keep_seconds
@@ -314,7 +319,20 @@ class PictureSource(ListedSource):
                 pixels = usable_pixels(found.pixels)
                 yield Picture(row.id, str(row.split), captions, pixels, row.source, row.source_id, found.shrunk)
             except UnusableClip as error:
-                yield row.rejection(error.reason, error.detail)
+                yield _set_aside(row, error)
+
+
+def _set_aside(row: Row, error: UnusableClip) -> Rejection:
+    """The row as one that is set aside, for good: only its own fault may do that.
+
+    Raises:
+        StorageError: if its file, which planning saw, is gone or cannot be read.
+    """
+    if row.place is None:
+        if error.reason == MISSING:
+            raise files.away(row.path, "it is not there") from error
+        files.read_through(row.path)
+    return row.rejection(error.reason, error.detail)
 
 
 def _recordings(rows: list[Row]) -> Iterator[tuple[Row, BinaryIO | Path | UnusableClip]]:

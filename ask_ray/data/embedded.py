@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ask_ray.config import ParquetSettings, SettingsError
+from ask_ray.data import files as reading
 from ask_ray.data import lists
 from ask_ray.data.folders import Tree
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, merged, texts
-from ask_ray.data.schema import SPLITS, UnusableClip
+from ask_ray.data.schema import SPLITS, UnusableClip, told
 
 SETTING = "data.parquet.path"
 
@@ -54,8 +55,15 @@ def recordings(path: Path, places: Sequence[int]) -> Iterator[Recording]:
     """The recordings of rows of a file, in ascending order: their bytes, the file that is named instead of them, or why there is
     neither, such as a damaged page. :data:`BATCH` are held at once, beside what Parquet needs to read them: where all of a
     column chunk is one page, as in many such files, that is a row group.
+
+    Raises:
+        StorageError: if the file is gone, or cannot be read for another reason than what it holds.
     """
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    try:
+        opened = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except OSError as error:
+        raise reading.away(path, error) from error
+    with opened as file:
         done, start = 0, 0
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
@@ -79,9 +87,10 @@ def _in_group(file: pq.ParquetFile, path: Path, group: int, start: int, wanted: 
                 return
         raise pa.ArrowInvalid("it holds fewer rows than it announces")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        reading.read_through(path)
         last = start + file.metadata.row_group(group).num_rows - 1
-        told = f"{path}: row group {group} (rows {start} to {last}) cannot be read from row {wanted[0]} on: {error}"
-        yield from (UnusableClip("unreadable", told) for _ in wanted)
+        detail = f"{path}: row group {group} (rows {start} to {last}) cannot be read from row {wanted[0]} on: {error}"
+        yield from (UnusableClip("unreadable", detail) for _ in wanted)
 
 
 def _recording(path: Path, audio: dict[str, Any] | None) -> Recording:
@@ -97,10 +106,10 @@ def _file_rows(path: Path, root: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             names = _columns(path, file.schema_arrow)
-            told = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
-            for place, row in enumerate(told):
+            every = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
+            for place, row in enumerate(every):
                 yield _row(row, path, place, root)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except lists.UNREADABLE as error:
         raise SettingsError(f"{SETTING}: {path} cannot be read: {error}") from error
 
 
@@ -166,5 +175,5 @@ def _named(rows: list[Row]) -> Iterator[Row]:
         if row.id:
             yield row
         else:
-            unique = row.detail if row.detail and names[row.detail] == 1 else f"{row.path.name}#{row.place}"
+            unique = row.detail if row.detail and names[row.detail] == 1 else f"{told(row.path.name)}#{row.place}"
             yield replace(row, id=unique, detail="")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ask_ray.config import SettingsError
 from ask_ray.data import lists
 from ask_ray.data.folders import RECORDINGS
-from ask_ray.data.schema import Rejection
+from ask_ray.data.schema import Rejection, told
 
 COLUMNS = ("filename", "category")
 
@@ -74,5 +74,5 @@ def _judged(rows: list[dict[str, str | None]], audio: Path, meta: Path, setting:
 def _there(root: Path) -> str:
     if not root.is_dir():
         return "no such folder"
-    names = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
+    names = sorted(told(path.name) + ("/" if path.is_dir() else "") for path in root.iterdir())
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

@@ -13,7 +13,7 @@ from ask_ray.config import FolderSettings, SettingsError
 from ask_ray.data import lists
 from ask_ray.data.files import is_there
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, texts
-from ask_ray.data.schema import MISSING, NO_CAPTION, SPLITS
+from ask_ray.data.schema import MISSING, NO_CAPTION, SPLITS, told
 from ask_ray.modality import Modality
 from ask_ray.storage import digest_file
 
@@ -84,8 +84,8 @@ class Tree:
         """
         found = [path for path in self._others if path.name in names]
         if len(found) > 1:
-            told = ", ".join(str(path.relative_to(self.root)) for path in found)
-            raise SettingsError(f"{self._setting}: {self.root} holds {told}: give the folder of one of them")
+            names = ", ".join(_below(path, self.root) for path in found)
+            raise SettingsError(f"{self._setting}: {self.root} holds {names}: give the folder of one of them")
         return found[0] if found else None
 
     def find(self, section: str, *names: str) -> Path | None:
@@ -107,7 +107,7 @@ class Tree:
         """The recordings or pictures that no list names, as rows that are set aside."""
         left = [path for paths in self._found.values() for path in paths if path not in self._used]
         detail = f"no list names this {self._media.name}"
-        return [Row(str(path.relative_to(self.root)), path, (), problem=NO_CAPTION, detail=detail) for path in sorted(left)]
+        return [Row(_below(path, self.root), path, (), problem=NO_CAPTION, detail=detail) for path in sorted(left)]
 
     def row(
         self, section: str, clip: str, names: Sequence[str], captions: Sequence[object], split: str | None, source_id: str | None
@@ -128,10 +128,10 @@ class Tree:
 
     def is_not(self, corpus: str, looked_for: str) -> SettingsError:
         """The error that the folder holds another thing than the corpus, with what is there."""
-        there = sorted(path.name + ("/" if path.is_dir() else "") for path in self.root.iterdir())
-        told = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
+        there = sorted(told(path.name) + ("/" if path.is_dir() else "") for path in self.root.iterdir())
+        names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
         return SettingsError(
-            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {told}, with "
+            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {names}, with "
             f"{self.held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
         )
 
@@ -233,4 +233,4 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _below(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    return told(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -20,6 +20,9 @@ from ask_ray.config import SettingsError
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 CAPTION = re.compile(r"caption(_\d+)?")
 
+#: What a list that cannot be read raises; pyarrow takes no path that is not UTF-8.
+UNREADABLE = (pa.ArrowException, csv.Error, UnicodeError, OSError)
+
 #: What a CSV may be written in: UTF-8 with or without a byte order mark; Clotho's metadata are ISO-8859-1.
 UTF_8, LATIN_1 = "utf-8-sig", "iso-8859-1"
 
@@ -38,7 +41,7 @@ def read(path: Path, setting: str) -> pa.Table:
             return _read_json(path)
         if kind == "parquet":
             return pyarrow.parquet.read_table(path)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except UNREADABLE as error:
         raise SettingsError(f"{setting}: {path} cannot be read: {error}") from error
     raise SettingsError(f"{setting}: {path.name} is not a {', '.join(READERS)} file")
 

@@ -6,6 +6,7 @@ Rows become an Arrow table that tasks share without copying it: about as many by
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ask_ray.config import SplitShares
-from ask_ray.data.files import is_there
+from ask_ray.data.files import refuse_empty, state
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.schema import BY_ID, HELD_OUT, REJECTED, SPLITS, Rejection
+from ask_ray.data.schema import BY_ID, HELD_OUT, REJECTED, SPLITS, Rejection, UnusableClip, told, usable_captions
 
 SPLIT_WORDS = {
     **{split: split for split in SPLITS},
@@ -24,10 +25,11 @@ SPLIT_WORDS = {
     "eval": "test", "evaluation": "test", "testing": "test",
 }  # fmt: skip
 
+#: Paths are bytes, as the filesystem has them: a name need not be UTF-8.
 ROWS = pa.schema(
     [
         pa.field("id", pa.string()),
-        pa.field("path", pa.string()),
+        pa.field("path", pa.binary()),
         pa.field("captions", pa.list_(pa.string())),
         pa.field("split", pa.string()),
         pa.field("source_id", pa.string()),
@@ -54,7 +56,7 @@ class Row:
     @property
     def source(self) -> str:
         """Where the recording is."""
-        return str(self.path) if self.place is None else f"{self.path}#{self.place}"
+        return told(self.path) if self.place is None else f"{told(self.path)}#{self.place}"
 
     def rejection(self, reason: str, detail: str = "") -> Rejection:
         """The row as one that is set aside."""
@@ -62,8 +64,8 @@ class Row:
 
     def key(self) -> str:
         """The row, and its file's size and time of change."""
-        stat = self.path.stat() if is_there(self.path) else None
-        stamp = stat and (stat.st_size, stat.st_mtime_ns)
+        found = state(self.path)
+        stamp = found and (found.st_size, found.st_mtime_ns)
         return repr((self.id, self.source, self.captions, self.split, self.source_id, stamp))
 
 
@@ -101,14 +103,15 @@ def merged(rows: Iterable[Row]) -> list[Row]:
 def rows_of(table: pa.Table) -> Iterator[Row]:
     """The rows of a table of :data:`ROWS`."""
     for row in table.to_pylist():
-        yield Row(row["id"], Path(row["path"]), tuple(row["captions"]), row["split"], row["source_id"], row["place"])
+        yield Row(row["id"], Path(os.fsdecode(row["path"])), tuple(row["captions"]), row["split"], row["source_id"], row["place"])
 
 
 def plan(rows: Iterable[Row], shares: SplitShares, held_out: HeldOut) -> Plan:
     """Decide on every row: its split, and whether anything is against it that shows without decoding.
 
     Rows without a split are dealt to splits by a hash of their source id, else of their id, so that adding clips moves few and
-    most takes of one source stay together. A clip of an evaluation split, here or in `held_out`, is not trained on.
+    most takes of one source stay together. A clip of an evaluation split, here or in `held_out`, is not trained on; it counts as
+    one even if it cannot be used.
     """
     aside: list[Rejection] = []
     good: list[Row] = []
@@ -122,15 +125,25 @@ def plan(rows: Iterable[Row], shares: SplitShares, held_out: HeldOut) -> Plan:
     kept: dict[str, list[Row]] = {split: [] for split in SPLITS}
     everywhere = own.joined(held_out)
     for row in good:
-        found = everywhere.find(row.id, row.source_id) if row.split == "train" else None
-        if found:
-            aside.append(row.rejection(found.reason, f"it is {found.where}"))
-        else:
+        try:
+            _judge(row, everywhere)
             kept[str(row.split)].append(row)
+        except UnusableClip as error:
+            aside.append(row.rejection(error.reason, error.detail))
     usable = [row for split in SPLITS for row in _in_files(kept[split])]
     columns = {name: [getattr(row, name) for row in usable] for name in ROWS.names}
-    columns["path"] = [str(path) for path in columns["path"]]
+    columns["path"] = [os.fsencode(path) for path in columns["path"]]
     return Plan(pa.table(columns, schema=ROWS), pa.Table.from_pylist([vars(one) for one in aside], schema=REJECTED))
+
+
+def _judge(row: Row, evaluated: HeldOut) -> None:
+    """Raise ``UnusableClip`` for a training clip of `evaluated`, a row without captions, or an empty file."""
+    found = evaluated.find(row.id, row.source_id) if row.split == "train" else None
+    if found:
+        raise UnusableClip(found.reason, f"it is {found.where}")
+    usable_captions(row.captions)
+    if row.place is None:
+        refuse_empty(row.path)
 
 
 def digest(rows: pa.Table) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -195,12 +197,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A row of :data:`REJECTED`."""
+    """A row of :data:`REJECTED`. Names of files in it are :func:`told`."""
 
     id: str
     source: str
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        for name, text in list(vars(self).items()):
+            object.__setattr__(self, name, told(text))
+
+
+def told(name: str | Path) -> str:
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 stand as `\\xf6`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def id_number(clip_id: str) -> int:

@@ -1,18 +1,25 @@
 """Sources: what cannot be used is set aside with a reason, shards hold every row once, a bank of recordings."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings
 from ask_ray.data.corpora import RecordingSource, Shard, SoundscapeSource, source_of
 from ask_ray.data.held_out import HeldOut
+from ask_ray.data.prepare import write_shard
 from ask_ray.data.rows import rows_of
 from ask_ray.data.schema import BY_DIGEST, BY_SOURCE, Clip, Rejection
+from ask_ray.storage import Folder, StorageError
 
 HELD_OUT = {"validation": 0.0, "test": 0.0}
+
+#: A file of Linux whose first bytes cannot be read: the error is that of a failing disk (EIO).
+FAILING = Path("/proc/self/mem")
 
 
 def folder_source(folder: Path, shard_clips: int = 256, **folder_settings) -> RecordingSource:
@@ -26,7 +33,7 @@ def write_manifest(folder: Path, names: Iterable[object]) -> None:
     """A manifest, and its recordings."""
     files = [f"{name}.wav" for name in names]
     for file in files:
-        (folder / file).touch()
+        (folder / file).write_bytes(b"x")
     (folder / "captions.csv").write_text("file_name,caption\n" + "".join(f"{file},x\n" for file in files))
 
 
@@ -36,6 +43,7 @@ def write_manifest(folder: Path, names: Iterable[object]) -> None:
 def test_rows_that_cannot_be_used_are_set_aside_with_a_reason(tmp_path, write_audio):
     for name in ("a.wav", "b.wav", "c.wav"):
         write_audio(tmp_path / name)
+    (tmp_path / "void.wav").write_bytes(b"")
     (tmp_path / "captions.csv").write_text(
         "id,file_name,caption,split\n"
         "1,a.wav,x,train\n"
@@ -45,17 +53,59 @@ def test_rows_that_cannot_be_used_are_set_aside_with_a_reason(tmp_path, write_au
         "4,b.wav, ,train\n"
         "5,no.wav,x,test\n"
         f"6,{'x' * 300}.wav,x,train\n"
+        "7,void.wav,x,test\n"
     )
     source = folder_source(tmp_path)
     early = {one.id: one.reason for one in source.early_rejections()}
     bad = {"1": "duplicate id", "2": "no file name", "3": "unknown split", "5": "missing file", "6": "missing file"}
-    assert early == bad
-    found = [item for shard in source.shards() for item in source.clips(shard)]
-    assert [(item.id, item.captions) for item in found if isinstance(item, Clip)] == [("1", ("x",))]
-    late = {(item.id, item.reason) for item in found if isinstance(item, Rejection)}
-    assert late == {("4", "empty caption")}
-    assert all(item.source for item in found)
+    assert early == bad | {"4": "empty caption", "7": "empty"}
+    (clip,) = (item for shard in source.shards() for item in source.clips(shard))
+    assert isinstance(clip, Clip)
+    assert (clip.id, clip.captions, clip.source) == ("1", ("x",), str(tmp_path / "a.wav"))
     assert source.key()
+
+
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("fault", ["gone", "a folder", "failing"])
+def test_a_file_that_only_this_node_cannot_read_is_not_set_aside(fault, banked, tmp_path, write_audio):
+    path = write_audio(tmp_path / "a.wav")
+    (tmp_path / "captions.csv").write_text("file_name,caption,split\na.wav,x,train\n")
+    source = source_of(banked_on(tmp_path)) if banked else folder_source(tmp_path)
+    path.unlink()
+    if fault == "a folder":
+        path.mkdir()
+    elif fault == "failing":
+        path.symlink_to(FAILING)
+    with pytest.raises(StorageError, match=rf"^{path} was there .* Every node must see the same files"):
+        source.early_rejections() if banked else list(source.clips(source.shards()[0]))
+
+
+def test_what_a_file_holds_is_its_own_fault(tmp_path, write_audio):
+    (tmp_path / "a.wav").write_text("no recording")
+    (tmp_path / "captions.csv").write_text("file_name,caption,split\na.wav,x,train\n")
+    source = folder_source(tmp_path)
+    (item,) = source.clips(source.shards()[0])
+    assert isinstance(item, Rejection)
+    assert item.reason == "unreadable"
+
+
+def test_names_that_are_no_utf_8_are_found_and_told(tmp_path, write_audio):
+    """A folder that was packed where names are ISO-8859-1, and a recording there that no list names."""
+    root = tmp_path / "in"
+    odd = Path(os.fsdecode(os.fsencode(root) + b"/M\xf6we"))
+    odd.mkdir(parents=True)
+    write_audio(root / "a.wav").rename(odd / "a.wav")
+    (odd / "b.wav").write_text("no recording")
+    write_audio(root / "c.wav").rename(os.fsdecode(os.fsencode(root) + b"/B\xe4r.wav"))
+    (root / "train.csv").write_text("file_name,caption\na.wav,x\nb.wav,y\n")
+    source = source_of(DataSettings.model_validate({"corpus": "audiocaps", "audiocaps": {"path": str(root)}}))
+    assert [(one.id, one.reason) for one in source.early_rejections()] == [(r"B\xe4r.wav", "no caption")]
+    (shard,) = source.shards()
+    summary = write_shard(source, shard, Folder.at(str(tmp_path / "out")))
+    assert (summary["clips"], summary["reasons"]) == (1, {"unreadable": 1})
+    kept, aside = (pq.read_table(tmp_path / "out" / name / "train-000000.parquet") for name in ("clips", "rejected"))
+    assert kept.column("source").to_pylist() == [str(root / r"M\xf6we" / "a.wav")]
+    assert aside.column("source").to_pylist() == [str(root / r"M\xf6we" / "b.wav")]
 
 
 def test_a_clip_keeps_the_captions_that_have_text(tmp_path, write_audio):
@@ -129,7 +179,7 @@ def test_a_shard_does_not_depend_on_the_size_of_shards():
 HERTZ = (500, 2000, 4000, 3000, 1000)
 
 
-def banked(folder: Path) -> DataSettings:
+def banked_on(folder: Path) -> DataSettings:
     return DataSettings(
         soundscapes=SoundscapeSettings(train=8, validation=0, test=8, seconds=2.0, bank=str(folder), max_events=1)
     )
@@ -140,7 +190,7 @@ def tones(folder: Path, write_audio: Callable[..., Path], rows: str) -> Soundsca
     for n in range(5):
         write_audio(folder / "audio" / f"{n}.flac", rate=44100, hz=HERTZ[n], channels=2)
     (folder / "captions.csv").write_text(f"file_name,caption,split,source_id\n{rows}")
-    source = source_of(banked(folder), HeldOut(source_ids={"freesound:7": "test clip '7' of another corpus"}))
+    source = source_of(banked_on(folder), HeldOut(source_ids={"freesound:7": "test clip '7' of another corpus"}))
     assert isinstance(source, SoundscapeSource)
     return source
 
@@ -194,11 +244,11 @@ def test_no_scene_to_train_on_holds_a_recording_that_is_evaluated_on(tmp_path, w
 
 def test_a_bank_that_cannot_be_used_is_refused_by_name(tmp_path):
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank") as refusal:
-        source_of(banked(tmp_path / "no"))
+        source_of(banked_on(tmp_path / "no"))
     assert str(tmp_path / "no") in str(refusal.value)
     (tmp_path / "captions.csv").write_text("file_name,caption\ngone.wav,y\n")
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank: none of the 1 recordings"):
-        source_of(banked(tmp_path)).early_rejections()
+        source_of(banked_on(tmp_path)).early_rejections()
 
 
 def test_a_bank_without_a_recording_for_a_split_is_refused(tmp_path, write_audio):
@@ -212,6 +262,6 @@ def test_the_key_of_soundscapes_changes_with_the_bank(tmp_path, write_audio):
     for n in range(2):
         write_audio(tmp_path / str(n) / "a.wav", hz=300 + n)
         (tmp_path / str(n) / "captions.csv").write_text("file_name,caption\na.wav,x\n")
-        keys.append(source_of(banked(tmp_path / str(n))).key())
+        keys.append(source_of(banked_on(tmp_path / str(n))).key())
     assert keys[0] != keys[1]
     assert source_of(DataSettings()).key() == ""

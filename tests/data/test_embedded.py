@@ -17,6 +17,7 @@ from ask_ray.data import embedded
 from ask_ray.data.corpora import source_of
 from ask_ray.data.rows import Row
 from ask_ray.data.schema import Rejection, UnusableClip
+from ask_ray.storage import StorageError
 
 
 def listed(path: Path) -> list[Row]:
@@ -173,6 +174,31 @@ def test_behind_a_damaged_page_the_rows_of_its_group_are_set_aside_and_others_ar
     for n, one in aside.items():
         assert one.source == f"{path}#{n}"
         assert f"{path}: row group 1 (rows 24 to 47) cannot be read from row " in one.detail
+
+
+def damaged(path: Path, group: int) -> Path:
+    """A file of rows in groups of 8, of which one has a damaged page."""
+    write_parquet(path, [(f"{n}", np.random.default_rng(n).bytes(900), ["x"]) for n in range(24)], 8)
+    column = pq.read_metadata(path).row_group(group).column(0)
+    spoilt = bytearray(path.read_bytes())
+    spoilt[column.data_page_offset : column.data_page_offset + 16] = b"\xff" * 16
+    path.write_bytes(spoilt)
+    return path
+
+
+def test_storage_that_fails_is_not_taken_for_damage(tmp_path):
+    """After the first group the file can no longer be read, as if its disk failed."""
+    path = damaged(tmp_path / "a.parquet", 1)
+    assert sum(isinstance(one, UnusableClip) for one in embedded.recordings(path, range(24))) == 8
+    found = embedded.recordings(path, range(24))
+    for _ in range(8):
+        assert isinstance(next(found), io.BytesIO)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match=rf"^{path} was there .*Input/output error"):
+        next(found)
+    with pytest.raises(StorageError, match=r"gone\.parquet was there "):
+        next(embedded.recordings(tmp_path / "gone.parquet", [0]))
 
 
 def test_a_row_may_name_a_file_in_place_of_bytes(tmp_path):

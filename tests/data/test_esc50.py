@@ -1,5 +1,6 @@
 """ESC-50's layout: what is listed, what is set aside, what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def test_rows_without_a_name_or_a_category_are_set_aside_by_their_number(esc50: 
         ("row 10", "no file name"), ("row 11", "no category")
     ]  # fmt: skip
     assert len(found.clips) == 8, "a row that is there twice counts once"
+
+
+def test_a_name_that_is_no_utf_8_is_told_so_that_it_can_be_printed(esc50: Path):
+    (esc50 / "audio" / os.fsdecode(b"M\xf6we.wav")).write_bytes(b"x")
+    aside = {one.id: one.source for one in layout.read(str(esc50), "--path").aside}
+    assert aside[r"M\xf6we.wav"] == str(esc50 / "audio" / r"M\xf6we.wav")
 
 
 @pytest.mark.parametrize("kept", [None, "meta", "audio"])

@@ -20,7 +20,7 @@ from ask_ray.config import DataSettings, FolderSettings, SettingsError, Soundsca
 from ask_ray.data.corpora import Shard, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.prepare import PreparingFailed, _fingerprint, _lists, prepare, write_shard
+from ask_ray.data.prepare import PreparingFailed, _fingerprint, _innermost, _lists, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes
 
@@ -306,6 +306,15 @@ def test_what_planning_sets_aside_is_held_against_the_limit_before_anything_is_d
     assert sum(made.clips(split) for split in SPLITS) == 9
 
 
+def test_empty_files_and_captions_are_held_against_the_limit_before_anything_is_decoded(tmp_path, write_audio):
+    for n in range(4):
+        write_audio(tmp_path / "in" / f"{n}.wav", hz=300 + n)
+    (tmp_path / "in" / "void.wav").write_bytes(b"")
+    (tmp_path / "in" / "captions.csv").write_text("file_name,caption\n0.wav,x\n1.wav,x\n2.wav,x\n3.wav, \nvoid.wav,x\n")
+    told = undecoded(folder_data(tmp_path / "in", tmp_path / "out", max_rejected=0.3))
+    assert told.startswith("data.max_rejected is 0.3: 2 of 5 clips were set aside ({'empty': 1, 'empty caption': 1}); see ")
+
+
 def test_a_layout_of_which_every_file_is_missing_says_what_was_looked_for_and_what_is_there(tmp_path, write_audio):
     root = tmp_path / "AudioCaps"
     write_csv(root / "train.csv", ["youtube_id", "start_time", "caption"], [[f"{n:011d}", 30, "x"] for n in range(3)])
@@ -419,6 +428,30 @@ def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_se
     (made / "clips").write_text("")  # a file where a folder must be: no task can write there
     with pytest.raises(PreparingFailed, match="Finished files are kept"):
         prepare(settings.data)
+
+
+def test_storage_that_fails_in_a_task_sets_nothing_aside_and_preparing_goes_on_when_it_is_mended(tmp_path, write_audio):
+    """A file that the driver sees and its node does not: here it has gone since planning."""
+    path = write_audio(tmp_path / "in" / "a.wav")
+    for name in ("b", "c"):
+        write_audio(tmp_path / "in" / f"{name}.wav")
+    (tmp_path / "in" / "captions.csv").write_text("file_name,caption,split\na.wav,x,train\nb.wav,x,train\nc.wav,x,test\n")
+    data = folder_data(tmp_path / "in", tmp_path / "out", max_rejected=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ask_ray.data.prepare._check_plan", lambda *_: path.rename(tmp_path / "away.wav"))
+        with pytest.raises(PreparingFailed, match=rf"StorageError: {path} was there when .* mount them there.*the same command"):
+            prepare(data)
+    (tmp_path / "away.wav").rename(path)
+    made = prepare(data)
+    assert (made.clips("train"), made.rejected()) == (2, {})
+
+
+def test_of_a_tasks_failure_the_message_that_says_what_to_do_is_told():
+    outer, own = RuntimeError("a task failed"), StorageError("mount it")
+    outer.__cause__, own.__cause__ = own, OSError("no such device")
+    assert _innermost(outer) == "StorageError: mount it"
+    own.__cause__, outer.__cause__ = None, OSError("no such device")
+    assert _innermost(outer) == "OSError: no such device"
 
 
 # --- the field's corpora

@@ -21,7 +21,7 @@ from ask_ray.data.schema import PICTURES, SPLITS, Picture
 from ask_ray.modality import Form
 from ask_ray.storage import Folder, digest_bytes
 
-DECODED = {"000000000101": "unreadable", "000000000102": "empty", "000000000105": "held out by digest"}
+DECODED = {"000000000101": "unreadable", "000000000105": "held out by digest"}
 
 
 def data_of(root: Path, prepared: Path, corpus: str = "coco", **changes: object) -> DataSettings:
@@ -39,13 +39,13 @@ def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Corpu
 
 def test_every_picture_is_kept_or_listed_with_its_reason(corpus: Corpus) -> None:
     assert [corpus.clips(split) for split in SPLITS] == [12, 0, 4]
-    early = {"duplicate id": 1, "missing file": 2, "no caption": 2}
+    early = {"duplicate id": 1, "empty": 1, "missing file": 2, "no caption": 2}
     assert corpus.rejected() == dict(sorted((Counter(DECODED.values()) + Counter(early)).items()))
     assert corpus.folder.local is not None
     rejected = [row for path in sorted((corpus.folder.local / "rejected").iterdir()) for row in pq.read_table(path).to_pylist()]
     told = {row["id"]: row["reason"] for row in rejected}
     assert told.items() >= DECODED.items()
-    assert len(rejected) == len(DECODED) + 5
+    assert len(rejected) == len(DECODED) + 6
     (leak,) = corpus.manifest["leaks"]
     assert (leak["id"], leak["detail"]) == ("000000000105", "its samples are those of test clip '000000000013'")
 
@@ -138,11 +138,11 @@ def test_what_another_corpus_is_evaluated_on_is_left_out(ray_session: None, corp
 
 def test_too_many_that_cannot_be_used_refuse_the_corpus(ray_session: None, tmp_path: Path) -> None:
     root = spoilt_coco(tmp_path / "coco")
-    told = rf"data\.max_rejected is 0\.1: 3 of 22 images were set aside .* below {root} are \d+ pictures"
+    told = rf"data\.max_rejected is 0\.1: 4 of 22 images were set aside .* below {root} are \d+ pictures"
     with pytest.raises(SettingsError, match=told):  # those that planning finds: nothing is decoded
         prepare(data_of(root, tmp_path))
-    with pytest.raises(SettingsError, match=r"data\.max_rejected is 0\.15: 5 of 22 images were set aside"):
-        prepare(data_of(root, tmp_path, max_rejected=0.15))
+    with pytest.raises(SettingsError, match=r"data\.max_rejected is 0\.2: 5 of 22 images were set aside"):
+        prepare(data_of(root, tmp_path, max_rejected=0.2))
 
 
 def test_the_digest_is_of_pixels_and_shape() -> None:
