@@ -104,7 +104,8 @@ def clotho(settings: ClothoSettings) -> Listing:
     """Clotho by its `clotho_captions_*.csv`, with the Freesound numbers of `clotho_metadata_*.csv`.
 
     Raises:
-        SettingsError: if none of the lists of captions is there, one has other columns, or metadata are needed and missing.
+        SettingsError: if none of the lists of captions is there, one has other columns, or metadata are needed and missing, or
+            are of other clips.
     """
     setting = "data.clotho.path"
     tree = Tree(settings.path or "", setting, CLOTHO)
@@ -125,6 +126,8 @@ def clotho(settings: ClothoSettings) -> Listing:
         told = metadata[split]
         sounds = {} if told is None else _sounds(told, setting)
         used += [path, *([] if told is None else [told])]
+        if told is not None and settings.metadata:
+            _refuse_other_metadata(told, sounds, path, table.column("file_name").to_pylist())
         for row in table.to_pylist():
             name = str(row["file_name"] or "").strip()
             rows.append(_row(tree, split, name, [name], lists.captions_of(row), sounds.get(lists.plain(name))))
@@ -143,7 +146,19 @@ def _refuse_without_metadata(tree: Tree, lacking: list[str]) -> None:
         )
 
 
-def _sounds(metadata: Path, setting: str) -> dict[str, str]:
+def _refuse_other_metadata(metadata: Path, sounds: dict[str, str | None], captions: Path, names: list[str | None]) -> None:
+    """Metadata of another split, or whose accents were lost, would guard nothing."""
+    clips = {lists.plain(name) for name in names if name}
+    named = len(clips & sounds.keys())
+    if 2 * named < len(clips):
+        raise SettingsError(
+            f"data.clotho.metadata: {metadata} names {named} of the {len(clips)} clips of {captions.name}, so training clips of "
+            "sounds that are evaluated on would stay in; give the metadata of that split, as Clotho publishes them, or set it to "
+            "false to go without"
+        )
+
+
+def _sounds(metadata: Path, setting: str) -> dict[str, str | None]:
     """The source id of each file name; some sounds have no number there (`Not found`)."""
     table = _table(metadata, setting)
     if not {"file_name", "sound_id"} <= set(table.column_names):
@@ -151,7 +166,8 @@ def _sounds(metadata: Path, setting: str) -> dict[str, str]:
             f"{setting}: {metadata} has the columns {_columns(table)}; Clotho's metadata have file_name and sound_id"
         )
     pairs = zip(table.column("file_name").to_pylist(), table.column("sound_id").to_pylist(), strict=True)
-    return {lists.plain(name): f"freesound:{sound.strip()}" for name, sound in pairs if (sound or "").strip().isdigit()}
+    numbers = {lists.plain(name): (sound or "").strip() for name, sound in pairs if name}
+    return {name: f"freesound:{number}" if number.isdigit() else None for name, number in numbers.items()}
 
 
 # --- WavCaps ---------------------------------------------------------------------------------------------------------
@@ -203,7 +219,7 @@ def _items(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as stream:
             told = json.load(stream, object_hook=keep)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"data.wavcaps.path: {path} cannot be read: {error}") from error
     items = told.get("data") if isinstance(told, dict) else told
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
@@ -235,11 +251,13 @@ def _banned(blacklists: list[Path]) -> dict[str, set[str]]:
     for path in blacklists:
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SettingsError(f"data.wavcaps.blacklists: {path} cannot be read: {error}") from error
         if not isinstance(told, dict) or not told.keys() & set(BLACKLIST_NAMES.values()):
             raise SettingsError(f"data.wavcaps.blacklists: {path} has no list called {' or '.join(BLACKLIST_NAMES.values())}")
         for source, name in BLACKLIST_NAMES.items():
+            if not isinstance(told.get(name, []), list):
+                raise SettingsError(f"data.wavcaps.blacklists: {path}: {name} is no list of ids: name them, or leave it out")
             banned[source] |= {_bare(str(one)) for one in told.get(name, ())}
     return banned
 
@@ -263,5 +281,5 @@ def _columns(table: pa.Table) -> str:
 def _table(path: Path, setting: str) -> pa.Table:
     try:
         return lists.read_csv(path, (lists.UTF_8, lists.LATIN_1))
-    except (pa.ArrowException, OSError) as error:
+    except lists.UNREADABLE as error:
         raise SettingsError(f"{setting}: {path} cannot be read: {error}") from error

@@ -150,6 +150,7 @@ def test_of_two_manifests_one_has_to_be_named(tmp_path):
         ("captions.csv", "file_name,caption_x\na.wav,x\n", "file_name, caption_x"),
         ("captions.jsonl", '{"wav": "a.wav", "caption": "x"}\n', "wav, caption"),
         ("captions.csv", "", "Empty"),
+        pytest.param("captions.csv", "x" * 200_000, "field larger than field limit", id="a header of one word"),
         ("captions.csv", "file_name,caption\na.wav,x,y\n", "Expected 2 columns, got 3"),
         ("captions.csv", "file_name,caption\na.wav,ü\n".encode("latin-1"), "utf-8"),
         ("captions.csv", "file_name,caption\na.wav,ü\n".encode("utf-16"), "utf-8"),

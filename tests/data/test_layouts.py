@@ -1,6 +1,7 @@
 """AudioCaps, Clotho and WavCaps as they lie on researchers' disks: every clip found, what is wrong listed, wrong folders told."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def test_the_original_form_has_a_clip_a_video_with_all_its_captions(trees):
     }
     assert aside == {
         "gone-------": "missing file",
-        "audio/train/nobody_tells_of_it.wav": "no caption",
         "void-------": "empty",
+        "audio/train/nobody_tells_of_it.wav": "no caption",
         video("test", 1): "held out by id",
     }
 
@@ -150,6 +151,30 @@ def test_clotho_with_some_metadata_is_refused_and_what_is_there_is_used_where_it
     assert aside == ({"Möwe, n° 0 development.wav": "held out by source id"} if split == "validation" else {})
 
 
+@pytest.mark.parametrize("how", ["another split's", "accents lost"])
+def test_metadata_that_name_other_clips_are_refused_unless_it_is_to_go_without(how, tree):
+    root = tree("clotho")
+    path = root / "clotho_metadata_evaluation.csv"
+    if how == "accents lost":
+        path.write_bytes(path.read_bytes().replace("ö".encode("iso-8859-1"), b"?"))
+    else:
+        shutil.copy(root / "clotho_metadata_validation.csv", path)
+    told = refused("clotho", root)
+    assert told.startswith(f"data.clotho.metadata: {path} names 0 of the 3 clips of clotho_captions_evaluation.csv, ")
+    assert "false" in told
+    assert planned("clotho", root, metadata=False)[1] == {}
+
+
+def test_a_sound_without_a_number_is_named_too(tree):
+    root = tree("clotho")
+    path = root / "clotho_metadata_evaluation.csv"
+    rows = path.read_text(encoding="iso-8859-1").splitlines()
+    told = [rows[0], *(re.sub(r";b,\d+,", ";b,Not found,", row) for row in rows[1:])]
+    path.write_text("\n".join(told[:3]), encoding="iso-8859-1")  # two clips of three
+    rows, _ = planned("clotho", root)
+    assert {row.source_id for row in rows.values() if row.split == "test"} == {None}
+
+
 def test_metadata_of_a_split_that_is_not_there_are_not_missed(tree):
     root = tree("clotho")
     for kind in ("captions", "metadata"):
@@ -196,6 +221,11 @@ def test_blacklists_are_looked_for_named_or_left_out_on_purpose(tree, tmp_path):
     assert "no.json" in refused("wavcaps", root, blacklists=["no.json"])
     write_json(tmp_path / "other.json", ["123"])
     assert "AudioSet or FreeSound" in refused("wavcaps", root, blacklists=[str(tmp_path / "other.json")])
+    for content in ({"AudioSet": None}, {"AudioSet": ["1"], "FreeSound": "80399"}):
+        write_json(tmp_path / "other.json", content)
+        told = refused("wavcaps", root, blacklists=[str(tmp_path / "other.json")])
+        assert told.startswith(f"data.wavcaps.blacklists: {tmp_path / 'other.json'}: {list(content)[-1]} is no list of ids")
+    assert "cannot be read" in refused("wavcaps", root, blacklists=["/proc/self/mem"])
 
 
 def test_sources_without_clips_of_other_corpora_need_no_blacklist(tree):
@@ -263,6 +293,16 @@ def test_a_list_that_is_cut_or_ragged_is_refused_by_name(corpus, tree):
     told = refused(corpus, root)
     assert str(path) in told
     assert "columns" in told
+
+
+@pytest.mark.parametrize("corpus", ["audiocaps", "clotho"])
+def test_a_list_whose_header_is_no_header_is_refused_by_name(corpus, tree):
+    """Python's reader takes no field of more than 128 KiB."""
+    root = tree(corpus)
+    path = next(path for path in sorted(root.rglob("*.csv")) if "metadata" not in path.name)
+    path.write_text("x" * 200_000)
+    told = refused(corpus, root)
+    assert told.startswith(f"data.{corpus}.path: {path} cannot be read: field larger than field limit")
 
 
 # --- decoding
