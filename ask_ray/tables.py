@@ -79,17 +79,25 @@ def places(files: Sequence[str]) -> list[Path]:
     """The files of `--write`.
 
     Raises:
-        SettingsError: if one has another ending, or its folder is not there.
+        SettingsError: if one has another ending, or cannot be written.
     """
     found = [Path(file).expanduser() for file in files]
     for path in found:
         if path.suffix.lower() not in ENDINGS:
             raise SettingsError(f"--write: {path} must end with one of {', '.join(ENDINGS)}, which says what to write")
-        if path.is_dir() or not path.parent.is_dir():
-            raise SettingsError(
-                f"--write: {path} cannot be written: {'a folder is there' if path.is_dir() else 'make its folder'}"
-            )
+        _check_writable(path)
     return found
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse, before anything is computed, a file that could not be written then. Leaves none behind."""
+    try:
+        there = path.exists() or path.is_symlink()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise SettingsError(f"--write: {path} cannot be written ({error}): make its folder, or give another") from error
 
 
 def retrieval(title: str, figures: Mapping[str, Mapping[str, Any]], modality: Modality = "audio") -> Sheet:

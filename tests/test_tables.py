@@ -120,8 +120,24 @@ def test_a_report_is_written_by_the_files_ending(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("file", "told"),
-    [("figures.txt", "must end with one of .json, .md, .csv"), ("nowhere/a.json", "make its folder"), ("", "must end")],
+    [
+        ("figures.txt", "must end with one of .json, .md, .csv"),
+        ("nowhere/a.json", "make its folder"),
+        ("", "must end"),
+        (f"{'x' * 300}.md", "too long"),
+    ],
 )
 def test_what_cannot_be_written_is_refused_first(tmp_path: Path, file: str, told: str):
     with pytest.raises(SettingsError, match=f"--write: .*{told}"):
         tables.places([str(tmp_path / file)])
+
+
+def test_looking_whether_a_file_can_be_written_leaves_everything_as_it_was(tmp_path: Path):
+    (tmp_path / "old.md").write_text("figures")
+    (tmp_path / "folder.csv").mkdir()
+    tables.places([str(tmp_path / name) for name in ("old.md", "new.json")])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["folder.csv", "old.md"]
+    assert (tmp_path / "old.md").read_text() == "figures"
+    for path in (tmp_path / "folder.csv", Path("/proc/a.json")):  # nobody may make a file in /proc, which is there
+        with pytest.raises(SettingsError, match=rf"^--write: {path} cannot be written"):
+            tables.places([str(path)])

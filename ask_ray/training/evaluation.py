@@ -23,6 +23,7 @@ from ask_ray.method import injection, interaction, transport
 from ask_ray.method.interaction import Packed
 from ask_ray.method.transport import Potentials
 from ask_ray.models.dual_encoder import DualEncoder, Encoding
+from ask_ray.storage import StorageError
 from ask_ray.training import metrics
 from ask_ray.training.ask import read_knowledge
 from ask_ray.training.gather import gather_objects, world_size
@@ -109,15 +110,26 @@ def encoded_rows(encodings: Iterable[Encoding]) -> EncodedRows:
 
 
 def _tokenwise(audio: Packed | None, text: Packed | None, device: torch.device) -> Tensor | None:
-    """(N, M) float32, written to a temporary file that goes with the tensor: all rankings of a split read these scores."""
+    """(N, M) float32, written to a temporary file that goes with the tensor: all rankings of a split read these scores.
+
+    Raises:
+        StorageError: if they cannot be written there.
+    """
     if audio is None or text is None:
         return None
-    with tempfile.TemporaryFile() as file:
-        with torch.inference_mode():
-            for rows in interaction.score_rows(audio, text, device):
-                file.write(rows.numpy().tobytes())
-        file.flush()
-        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=(len(audio), len(text))))
+    try:
+        with tempfile.TemporaryFile() as file:
+            with torch.inference_mode():
+                for rows in interaction.score_rows(audio, text, device):
+                    file.write(rows.numpy().tobytes())
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.float32, "c", shape=(len(audio), len(text))))
+    except OSError as error:
+        raise StorageError(
+            f"the scores of {len(audio)} clips with {len(text)} captions take {4 * len(audio) * len(text):,} bytes, which "
+            f"{tempfile.tempdir or 'the folder for temporary files'} does not take: {error}; make room there, or set TMPDIR to a "
+            "folder with more"
+        ) from error
 
 
 def ranked(encoded: EncodedSplit, of_clips: Tensor | None = None, of_captions: Tensor | None = None) -> dict[str, Ranked]:

@@ -1,6 +1,8 @@
 """Evaluation: a split encoded in batches is the split encoded one by one, and injection reads the knowledge base."""
 
+import resource
 from dataclasses import replace
+from tempfile import gettempdir
 
 import numpy as np
 import ot
@@ -20,7 +22,7 @@ from ask_ray.knowledge.snapshot import Embeddings, Entries, open_snapshot, publi
 from ask_ray.method import interaction
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder, scores
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError
 from ask_ray.training import evaluation, metrics
 from ask_ray.training.evaluation import EncodedSplit
 
@@ -234,6 +236,19 @@ def test_tokens_of_a_split_meet_alike_in_any_chunks(late, met, corpus, monkeypat
     monkeypatch.setattr(interaction.score_rows, "__defaults__", (500,))
     chunked = evaluation.encode_split(late, corpus, "test", settings_of(), CPU)
     torch.testing.assert_close(chunked.tokenwise, met.tokenwise, atol=1e-6, rtol=0)
+
+
+def test_scores_that_do_not_fit_where_temporary_files_lie_are_told_with_their_bytes(late, corpus):
+    """No file may grow past 1000 bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=rf"11 clips with 33 captions take 1,452 bytes, which {gettempdir()} .* set TMPDIR"
+        ):
+            evaluation.encode_split(late, corpus, "test", settings_of(), CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_told_has_sizes_queries_and_intervals(encoded):
