@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ask_ray.config import Settings, SettingsError
 from ask_ray.data.batches import steps_of
 from ask_ray.data.corpus import Corpus
@@ -61,6 +63,21 @@ def _knowledge_bytes(settings: Settings, entries: int) -> int:
     """Of rows and indexes of both modalities; inverted lists keep 16-bit floats. Two versions are held around a swap."""
     exact = entries < settings.knowledge.exact_below
     return 2 * 2 * entries * settings.model.dim * (4 + (4 if exact else 2))
+
+
+def gpu_room(settings: Settings) -> int:
+    """Bytes that a worker may take of the GPU of this machine; 0 where that tells nothing of the GPUs that train."""
+    training = settings.training
+    if training.device != "cuda" or not torch.cuda.is_available():
+        return 0
+    return round(torch.cuda.get_device_properties(0).total_memory * min(1.0, training.gpus_per_worker or 1.0))
+
+
+def told_of_gpu(parameters: int, room: int) -> str:
+    """What stays on a worker's GPU beside `room` bytes, in red if it is more."""
+    needed = PER_PARAMETER * parameters
+    told = f"{needed / 2**30:.2f} GiB of parameters with optimiser a worker, {room / 2**30:.2f} on a GPU of this machine"
+    return f"{told}; and activations" if needed <= room else f"[red]{told}: lower model.width, or use larger GPUs[/]"
 
 
 def check_memory(made: Forecast, workers: int, nodes: Sequence[float]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from ask_ray.config import SettingsError, load
-from ask_ray.training.forecast import check_memory, forecast
+from ask_ray.training.forecast import check_memory, forecast, gpu_room, told_of_gpu
 
 SETTINGS = load(
     {
@@ -55,3 +55,15 @@ def test_every_worker_must_fit_on_a_node(small_corpus, nodes, fits):
     else:
         with pytest.raises(SettingsError, match=r"^training\.workers: each of 2 workers keeps .* lower"):
             check_memory(made, 2, sizes)
+
+
+def test_what_stays_on_a_gpu_is_told_and_in_red_where_it_is_more_than_there_is():
+    parameters = 2**28  # of 16 bytes each: 4 GiB
+    assert told_of_gpu(parameters, 4 << 30) == (
+        "4.00 GiB of parameters with optimiser a worker, 4.00 on a GPU of this machine; and activations"
+    )
+    assert told_of_gpu(parameters + 1, 4 << 30).startswith("[red]4.00 GiB")
+
+
+def test_a_run_without_gpus_is_told_nothing_of_them():
+    assert gpu_room(load({"training": {"device": "cpu"}})) == 0
