@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,13 +19,15 @@ from ask_ray import cluster, lease, report, tables, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.prepare import prepare
+from ask_ray.data.schema import HELD_OUT
 from ask_ray.journal import Follower, Journal
 from ask_ray.knowledge.cache import Cache
 from ask_ray.knowledge.policy import Fixed, policy_of
 from ask_ray.modality import THINGS
 from ask_ray.storage import Folder, masked
-from ask_ray.training import checkpoint, trainer
-from ask_ray.training.forecast import Forecast, check_memory, forecast
+from ask_ray.training import checkpoint, seen, trainer
+from ask_ray.training.forecast import Forecast, check_memory, forecast, gpu_room, told_of_gpu
+from ask_ray.training.seen import Seen
 from ask_ray.training.trainer import RunPlace
 
 Listener = Callable[[dict[str, Any]], None]
@@ -93,6 +95,7 @@ def run(
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
     _tell_untested(console, settings, corpus)
+    _tell_seen(console, settings, corpus)
     takes = forecast(settings, corpus, *towers)
     check_memory(takes, trainer.workers_of(settings), cluster.memories(settings))
     _tell_unrefreshed(console, settings, takes.steps_per_epoch)
@@ -351,6 +354,28 @@ def _tell_untested(console: Console, settings: Settings, corpus: Corpus) -> None
     )
 
 
+def _tell_seen(console: Console, settings: Settings, corpus: Corpus) -> None:
+    """Say, before training, what of the evaluation splits the weights of a run that is forked may know already."""
+    for told in _seen_before(seen.before_run(settings, corpus.folder.uri), corpus):
+        console.print(f"[red]Figures may be too high[/]: run.fork: {escape(told)}", soft_wrap=True)
+
+
+def _seen_before(before: Seen, corpus: Corpus) -> Iterator[str]:
+    things, read = THINGS[corpus.form.modality], "trained on, or in the knowledge base, before the fork"
+    for split in HELD_OUT:
+        if clips := before.clips(corpus, split):
+            yield (
+                f"{len(clips)} of the {corpus.clips(split)} {split} {things}, such as {clips[0]!r}, were {read} (same id, source "
+                f"id or samples). Fork a run whose corpora were prepared with --data.held_out '[{corpus.folder}]'"
+            )
+        for other in before.cut_otherwise(corpus, split):
+            yield (
+                f"{other.folder} keeps {other.form.seconds:g} s of a recording and {corpus.folder} {corpus.form.seconds:g} s: "
+                f"that {split} {things} were {read}, only an id or source id tells"
+            )
+    yield from (f"whether {things} were {read}, could not be checked: {problem}" for problem in before.gone)
+
+
 def _tell_unrefreshed(console: Console, settings: Settings, steps_per_epoch: int) -> None:
     """Say, before training, that T is so long that no refresh falls within it."""
     refresh, epochs = settings.knowledge.refresh, settings.training.epochs
@@ -378,6 +403,8 @@ def tell_forecast(console: Console, settings: Settings, takes: Forecast) -> dict
     table.add_row(
         "memory", f"{takes.worker_bytes / 2**30:.2f} GiB a worker, {takes.node_bytes / 2**30:.2f} a node; and activations"
     )
+    if room := gpu_room(settings):
+        table.add_row("GPU memory", told_of_gpu(takes.parameters, room))
     console.print(table)
     console.print("Next      the same command without --run.dry_run", soft_wrap=True)
     return {"dry_run": True, **asdict(takes)}

@@ -20,22 +20,23 @@ from ask_ray.config import Settings, SettingsError
 from ask_ray.data import audio, esc50, pictures
 from ask_ray.data.batches import crop, longest, pad
 from ask_ray.data.corpus import Corpus
+from ask_ray.data.files import is_there
 from ask_ray.data.folders import PICTURES, RECORDINGS
-from ask_ray.data.held_out import HeldOut
 from ask_ray.data.rarity import Frequencies
 from ask_ray.data.schema import Rejection, usable_pixels, usable_waveform
 from ask_ray.knowledge import snapshot
 from ask_ray.knowledge.encoding import batches_of_captions
-from ask_ray.knowledge.snapshot import TRAIN, Snapshot
+from ask_ray.knowledge.snapshot import Snapshot
 from ask_ray.knowledge.sources import sources_of
 from ask_ray.modality import THINGS, WAYS, Modality
 from ask_ray.models import dual_encoder
 from ask_ray.models.dual_encoder import DualEncoder, Encoding
 from ask_ray.storage import Folder
 from ask_ray.tables import Report
-from ask_ray.training import checkpoint, classification, evaluation
+from ask_ray.training import checkpoint, classification, evaluation, seen
 from ask_ray.training.checkpoint import Place
 from ask_ray.training.evaluation import EncodedSplit
+from ask_ray.training.seen import Seen
 from ask_ray.training.trainer import RunPlace
 
 #: Clips or pictures that a search ranks token by token: those that the embeddings rank first.
@@ -99,8 +100,9 @@ def evaluate(
     Returns:
         what a JSON file holds: `run`, `corpus`, `split`, `interaction`, `bootstrap`; `final`: `t2a` and `a2t` as
         :func:`ask_ray.training.evaluation.told` gives them; the same as `transductive`, and `rare`, if asked for; on another
-        corpus than the run's own `seen`, the ids of its clips that the run trained on or kept in its knowledge base, and
-        `cut_otherwise`, the corpora of these that hold recordings which could not be compared by their samples.
+        corpus than the run's own, and of a run that forks one on another corpus, `seen`, the ids of its clips that the weights
+        were trained on or found in a knowledge base, `cut_otherwise`, the corpora of these that hold recordings which could not
+        be compared by their samples, and `unchecked`, why others could not be opened.
     """
     console = console or Console()
     files = tables.places(write)
@@ -126,14 +128,14 @@ def evaluate(
         found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
     title = f"{opened.place.name} on {split} of {on.folder.name}"
     otherwise: list[Corpus] = []
-    if on.folder != Folder.at(opened.stood.corpus):
-        known = _known(opened)
-        found["seen"] = _seen(known, on, split)
-        otherwise = _cut_otherwise(known, on, split)
+    if known := _seen(opened, on):
+        found["seen"] = known.clips(on, split)
+        otherwise = known.cut_otherwise(on, split)
         found["cut_otherwise"] = [str(corpus.folder) for corpus in otherwise]
+        found["unchecked"] = list(known.gone)
         if found["seen"]:
             title += f", of which it has SEEN {len(found['seen'])} {THINGS[opened.modality]}"
-        if otherwise:
+        if otherwise or known.gone:
             title += " and MAY HAVE SEEN more" if found["seen"] else f", of which it MAY HAVE SEEN {THINGS[opened.modality]}"
     _give(_retrieval_report(found, title, opened.modality), files, console)
     if found.get("seen"):
@@ -146,34 +148,22 @@ def evaluate(
         )
     if otherwise:
         _tell_cut_otherwise(otherwise, on, console)
+    for problem in found.get("unchecked", ()):
+        console.print(
+            f"[red]The figures may be too high[/]: whether {THINGS[opened.modality]} of {escape(str(on.folder))} were trained on "
+            f"could not be checked: {escape(problem)}",
+            soft_wrap=True,
+        )
     return found
 
 
-def _known(opened: OpenedRun) -> list[tuple[Corpus, str]]:
-    """What the run trained on or kept in its knowledge base: corpora, and which split of each."""
-    knowledge = opened.settings.knowledge.sources if opened.settings.ask.enabled else ()
-    sources = sources_of(list(dict.fromkeys([TRAIN, *knowledge])), opened.stood.corpus)
-    return [(Corpus.open(source.corpus), source.split) for source in sources]
-
-
-def _seen(known: Sequence[tuple[Corpus, str]], on: Corpus, split: str) -> list[str]:
-    """The ids of a split's clips that are known, by id, source id or digest."""
-    of = on.identities(split)
-    seen: set[str] = set()
-    for corpus, its_split in known:
-        read = HeldOut(*(dict.fromkeys(filter(None, names), its_split) for names in corpus.identities(its_split)))
-        seen |= {clip for clip, *more in zip(*of, strict=True) if read.find(clip, *more)}
-    return sorted(seen)
-
-
-def _cut_otherwise(known: Sequence[tuple[Corpus, str]], on: Corpus, split: str) -> list[Corpus]:
-    """The known corpora that share no digest with a split though they may share a recording: both hold some that are cut at
-    another length here than there."""
-    return [
-        corpus
-        for corpus, its_split in known
-        if corpus.cut_otherwise([its_split], on.form) and on.cut_otherwise([split], corpus.form)
-    ]
+def _seen(opened: OpenedRun, on: Corpus) -> Seen | None:
+    """What the run's weights have seen beside the corpus to evaluate on; None if that is no other than its own."""
+    before = seen.before_run(opened.settings, opened.stood.corpus)
+    if on.folder != Folder.at(opened.stood.corpus):
+        own = seen.by_run(opened.settings, opened.stood.corpus)
+        return Seen(own.corpora + before.corpora, own.gone + before.gone)
+    return before if before.corpora or before.gone else None
 
 
 def _tell_cut_otherwise(otherwise: Sequence[Corpus], on: Corpus, console: Console) -> None:
@@ -194,7 +184,7 @@ def _corpus_of(opened: OpenedRun, corpus: str | None, split: str) -> Corpus:
         SettingsError: if it has another form than the run's own, or no clips in the split.
     """
     on = Corpus.open(corpus or opened.stood.corpus)
-    trained = Corpus.open(opened.stood.corpus).form
+    trained = opened.settings.data.form
     if on.form != trained:
         raise SettingsError(
             f"--corpus: {on.folder} has {on.form}, the run's own corpus {trained}: prepare it with --{trained.setting}"
@@ -297,8 +287,8 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
     console = console or Console()
     if top < 1:
         raise SettingsError(f"--top: {top} results cannot be found; give 1 or more")
-    path = Path(query).expanduser()
-    by_file = path.is_file()
+    path = _path(query)
+    by_file = is_there(path)
     if not by_file and path.suffix.lower() in FILE_ENDINGS:
         raise SettingsError(f"query: {path} is not there; give the path of an audio file or a picture, or a text")
     with console.status("Opening the run"), torch.inference_mode():
@@ -323,6 +313,14 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
         table.add_row(str(rank), f"{score:.3f}", clip, caption)
     console.print(table)
     return ranked
+
+
+def _path(query: str) -> Path:
+    """A query as a path; a text may begin with `~` and name nobody's home."""
+    try:
+        return Path(query).expanduser()
+    except RuntimeError:
+        return Path(query)
 
 
 def _ranked(found: list[tuple[float, int]], known: Snapshot, top: int) -> list[tuple[float, str, str]]:

@@ -261,6 +261,52 @@ def small_corpus(ray_session, tmp_path_factory):
     return prepare(load({"data": data}).data)
 
 
+@pytest.fixture
+def recorded(tmp_path, write_audio):
+    """A function that prepares recordings of so many seconds at 8 kHz by their names, `test…` to test on and others to train on,
+    and a short one, of which `kept` seconds are kept; the same name and length is the same sound."""
+    from ask_ray.config import DataSettings, FolderSettings
+    from ask_ray.data import prepare
+    from ask_ray.data.corpora import source_of
+    from ask_ray.data.corpus import Corpus
+    from ask_ray.storage import Folder
+
+    def prepared(name: str, kept: float = 300, **lengths: float) -> Corpus:
+        root, home = tmp_path / name / "in", Folder.at(str(tmp_path / name / "out"))
+        lengths = {"hum": 0.5, **lengths}
+        for clip, seconds in lengths.items():
+            write_audio(root / f"{clip}.wav", seconds=seconds, rate=8000, hz=200.0 + sum(clip.removeprefix("test_").encode()))
+        rows = [f"{clip}.wav,{'test' if clip.startswith('test') else 'train'},{clip}" for clip in lengths]
+        (root / "captions.csv").write_text("\n".join(["file_name,split,caption", *rows]))
+        data = DataSettings(corpus="folder", folder=FolderSettings(path=str(root)), sample_rate=8000, keep_seconds=kept)
+        source = source_of(data)
+        prepare._write_manifest(data, home, source, [prepare.write_shard(source, shard, home) for shard in source.shards()])
+        return Corpus.open(home.uri)
+
+    return prepared
+
+
+@pytest.fixture
+def left_run(tmp_path):
+    """A function that makes the folder of a run as it is left, but without weights, and tells its place."""
+    from ask_ray.config import Settings
+    from ask_ray.data.corpus import Corpus
+    from ask_ray.storage import Folder
+    from ask_ray.training.checkpoint import CHECKPOINTS, Place
+
+    def left(name: str, settings: Settings, corpus: Corpus) -> str:
+        run = Folder.at(str(tmp_path / name))
+        (run / "checkpoint_a").write_json("state.json", {"place": vars(Place(1, 1, 0, corpus.folder.uri))})
+        (run / "checkpoint_a").write("settings.yaml", settings.to_yaml().encode())
+        dirs = [f"{kind}_checkpoint_dir_names" for kind in ("validated", "timed_out_validation", "failed_validation")]
+        told = {key: [] for key in ("pending_training_results", "pending_validation_specs", *dirs)}
+        told |= {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_a", "metrics": {"epoch": 1}}]}
+        run.write_json(CHECKPOINTS, told | {"checkpoint_report_indices": [0], "current_report_index": 1})
+        return run.uri
+
+    return left
+
+
 def _listeners() -> dict:
     """Audio models of transformers by name, each of a few thousand weights, and its feature extractor."""
     from transformers import (

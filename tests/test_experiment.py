@@ -263,6 +263,23 @@ def test_a_run_that_cannot_be_forked_is_refused(sync_run: dict, home: Path, chan
         experiment.run(settings_of(home, **{"run": {"name": "no", "fork": sync_run["folder"]}, **changes}), quiet())
 
 
+def test_what_the_weights_of_a_fork_have_seen_of_the_evaluation_splits_is_told_before_training(recorded, left_run) -> None:
+    first, cut, own = recorded("first", rain=3), recorded("cut", 2, dog=3), recorded("own", bell=1, test_rain=3, test_horn=1)
+    donor = left_run("a", load({"ask": {"enabled": False}}), cut)
+    knowledge = {"knowledge": {"sources": [first.folder.uri]}, "run": {"fork": donor}}
+    said = io.StringIO()
+    fork = load({"run": {"fork": left_run("b", load(knowledge), own)}})
+    experiment._tell_seen(Console(file=said, width=100), fork, own)
+    seen, cut_otherwise = said.getvalue().splitlines()
+    assert "run.fork: 1 of the 2 test clips, such as 'test_rain.wav', were trained on, or in the knowledge base" in seen
+    assert f"--data.held_out '[{own.folder}]'" in seen
+    assert f"{cut.folder} keeps 2 s of a recording and {own.folder} 300 s" in cut_otherwise
+    for settings in (load({}), load({"run": {"fork": left_run("c", load({}), own)}})):
+        said = io.StringIO()
+        experiment._tell_seen(Console(file=said), settings, own)
+        assert said.getvalue() == ""
+
+
 def test_same_settings_and_seed_give_the_same_numbers(sync_run: dict, beside_run: Beside) -> None:
     """Where a run is evaluated changes nothing of its training."""
     assert weights_of(beside_run.result) == weights_of(sync_run)

@@ -1,7 +1,7 @@
 """Looking at a run without a Ray session: what is heard of a query, what is refused, and which figures are not to be trusted."""
 
 import io
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from ask_ray import inspection
-from ask_ray.config import DataSettings, FolderSettings, Settings, SettingsError, load
-from ask_ray.data import folders, prepare
-from ask_ray.data.corpora import source_of
+from ask_ray.config import Settings, SettingsError, load
+from ask_ray.data import folders
 from ask_ray.data.corpus import Corpus
 from ask_ray.inspection import OpenedRun
 from ask_ray.models import registry
@@ -32,26 +31,6 @@ def opened_on(corpus: str, folder: Path, **changes: object) -> OpenedRun:
     settings = settings_of(**changes)
     model = registry.build(settings.model, RATE).eval()
     return OpenedRun(RunPlace(Folder.at(str(folder)), "run"), model, settings, Place(1, 1, 0, corpus))
-
-
-@pytest.fixture
-def recorded(tmp_path, write_audio) -> Callable[..., Corpus]:
-    """A function that prepares recordings of so many seconds by their names, `test…` to test on and others to train on, and a
-    short one, of which `kept` seconds are kept; the same name and length is the same sound."""
-
-    def prepared(name: str, kept: float, **lengths: float) -> Corpus:
-        root, home = tmp_path / name / "in", Folder.at(str(tmp_path / name / "out"))
-        lengths = {"hum": 0.5, **lengths}
-        for clip, seconds in lengths.items():
-            write_audio(root / f"{clip}.wav", seconds=seconds, rate=RATE, hz=200.0 + sum(clip.removeprefix("test_").encode()))
-        rows = [f"{clip}.wav,{'test' if clip.startswith('test') else 'train'},{clip}" for clip in lengths]
-        (root / "captions.csv").write_text("\n".join(["file_name,split,caption", *rows]))
-        data = DataSettings(corpus="folder", folder=FolderSettings(path=str(root)), sample_rate=RATE, keep_seconds=kept)
-        source = source_of(data)
-        prepare._write_manifest(data, home, source, [prepare.write_shard(source, shard, home) for shard in source.shards()])
-        return Corpus.open(home.uri)
-
-    return prepared
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, opened: OpenedRun, on: Corpus, file: Path) -> tuple[dict, str, str]:
@@ -109,6 +88,61 @@ def test_a_corpus_of_the_knowledge_base_that_was_cut_otherwise_is_told(recorded,
     assert evaluated(monkeypatch, opened, on, tmp_path / "f.md")[0]["cut_otherwise"] == [str(more.folder)]
     without = opened_on(own.folder.uri, tmp_path, **knowledge)
     assert evaluated(monkeypatch, without, on, tmp_path / "f.md")[0]["cut_otherwise"] == []
+
+
+def forking(run: str) -> dict[str, dict[str, object]]:
+    return {"run": {"fork": run}}
+
+
+@pytest.mark.parametrize("runs_between", [0, 1])
+def test_what_the_weights_have_seen_before_a_fork_is_told_on_the_runs_own_corpus_too(
+    runs_between, recorded, left_run, monkeypatch, tmp_path
+):
+    first, own = recorded("first", rain=3, dog=1), recorded("own", bell=1, test_rain=3, test_horn=1)
+    fork = left_run("a", settings_of(), first)
+    for number in range(runs_between):
+        fork = left_run(f"b{number}", settings_of(**forking(fork)), own)
+    found, said, wrote = evaluated(monkeypatch, opened_on(own.folder.uri, tmp_path, **forking(fork)), own, tmp_path / "f.md")
+    assert (found["seen"], found["cut_otherwise"], found["unchecked"]) == (["test_rain.wav"], [], [])
+    assert "too high: 1 of the 2 clips" in said
+    assert "SEEN 1 clips" in wrote
+
+
+def test_of_a_fork_on_the_same_corpus_or_of_a_run_that_is_gone_nothing_is_told(recorded, left_run, monkeypatch, tmp_path):
+    own = recorded("own", bell=1, test_rain=3)
+    for fork in (left_run("a", settings_of(), own), str(tmp_path / "gone")):
+        found, said, _ = evaluated(monkeypatch, opened_on(own.folder.uri, tmp_path, **forking(fork)), own, tmp_path / "f.md")
+        assert "seen" not in found
+        assert "too high" not in said
+
+
+def test_what_can_no_longer_be_compared_is_told_and_keeps_no_run_from_another_corpus(recorded, left_run, monkeypatch, tmp_path):
+    first, own, on = recorded("first", rain=3), recorded("own", dog=1, test_bell=1), recorded("on", test_dog=1, test_rain=3)
+    opened = opened_on(own.folder.uri, tmp_path, **forking(left_run("a", settings_of(), first)))
+    shutil.rmtree(own.folder.local)
+    found, said, wrote = evaluated(monkeypatch, opened, on, tmp_path / "f.md")
+    assert found["seen"] == ["test_rain.wav"]
+    (problem,) = found["unchecked"]
+    assert str(own.folder) in problem
+    assert f"The figures may be too high: whether clips of {on.folder} were trained on could not be checked: {problem}" in said
+    assert "SEEN 1 clips and MAY HAVE SEEN more" in wrote
+    with pytest.raises(SettingsError, match=rf"^{own.folder}: no prepared corpus is there"):
+        inspection.evaluate("run", None, "test")
+
+
+def test_a_corpus_of_another_form_than_the_run_was_trained_on_is_refused_without_its_own(recorded, monkeypatch, tmp_path):
+    on = recorded("on", test_dog=1)
+    opened = opened_on("gone", tmp_path, data={"sample_rate": 16000})
+    with pytest.raises(SettingsError, match=r"^--corpus: .* has 8000 Hz, .* 16000 Hz: prepare it with --data\.sample_rate 16000"):
+        evaluated(monkeypatch, opened, on, tmp_path / "f.md")
+
+
+@pytest.mark.parametrize("query", ["a dog barks and then " * 20, "~10 dogs bark", "null\0byte"])
+def test_a_query_that_no_filesystem_takes_as_a_name_is_a_text(query, tmp_path, monkeypatch):
+    opened = opened_on("nowhere", tmp_path)
+    monkeypatch.setattr(OpenedRun, "at", lambda run: opened)
+    with pytest.raises(SettingsError, match="no knowledge base to search"):
+        inspection.search(query, "run", "", 3)
 
 
 @pytest.mark.parametrize("ending", [*folders.RECORDINGS.endings, *folders.PICTURES.endings, ".WAV"])

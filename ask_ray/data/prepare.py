@@ -63,7 +63,8 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot, also of a corpus that
             was prepared under a laxer `data.max_rejected`; if no node can run a task. What shows without decoding is refused
             before anything is decoded.
-        StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written.
+        StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written; if a recording of a bank
+            can no longer be read.
         PreparingFailed: if a task fails; what is finished is kept.
     """
     held_out = HeldOut.named(data.held_out, data.form)

@@ -206,6 +206,21 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
     return model.eval(), settings, place
 
 
+def read_settings(run: Folder) -> tuple[Settings, Place]:
+    """The settings of a run's newest checkpoint and where it stood, without its weights.
+
+    Raises:
+        CheckpointError: if it has none, or one that is damaged.
+    """
+    saved = run / newest_name(run)
+    try:
+        place = Place(**saved.read_json("state.json")["place"])
+        document = saved.read("settings.yaml").decode()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{saved}: no whole checkpoint ({error}); choose another run or checkpoint") from error
+    return config.load(document, str(saved / "settings.yaml")), place
+
+
 @contextlib.contextmanager
 def newest(run: Folder, below: float = math.inf) -> Iterator[Path]:
     """The newest whole checkpoint of a run that has done fewer than `below` epochs, as a local folder.

@@ -305,6 +305,19 @@ def test_a_folder_that_is_no_run_is_an_error_that_names_it(tmp_path, snapshot):
         pass
 
 
+def test_the_settings_of_a_run_are_read_without_its_weights_and_what_is_damaged_is_named(left_run, recorded):
+    corpus = recorded("own", dog=1)
+    run = Folder.at(left_run("run", SETTINGS, corpus))
+    settings, place = checkpoint.read_settings(run)
+    assert settings == SETTINGS
+    assert place.corpus == corpus.folder.uri
+    for name, content in (("state.json", b"{}"), ("settings.yaml", b"\xff")):
+        damaged = Folder.at(left_run("damaged", SETTINGS, corpus))
+        (damaged / "checkpoint_a").write(name, content)
+        with pytest.raises(CheckpointError, match=r"damaged/checkpoint_a: no whole checkpoint"):
+            checkpoint.read_settings(damaged)
+
+
 def test_the_versions_that_checkpoints_name_are_pinned(tmp_path):
     run = Folder.at(str(tmp_path / "run"))
     assert checkpoint.pinned_versions(run) == []
