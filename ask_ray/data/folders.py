@@ -84,8 +84,8 @@ class Tree:
         """
         found = [path for path in self._others if path.name in names]
         if len(found) > 1:
-            names = ", ".join(_below(path, self.root) for path in found)
-            raise SettingsError(f"{self._setting}: {self.root} holds {names}: give the folder of one of them")
+            there = ", ".join(_below(path, self.root) for path in found)
+            raise SettingsError(f"{self._setting}: {self.root} holds {there}: give the folder of one of them")
         return found[0] if found else None
 
     def find(self, section: str, *names: str) -> Path | None:
