@@ -129,7 +129,7 @@ def test_opening_many_entries_lets_other_threads_run(many, tmp_path):
     Of a few tries the best counts: this machine may be busy with something else.
     """
     pq.write_table(many.table(), tmp_path / "entries.parquet")
-    assert min(longest_pause(tmp_path / "entries.parquet") for _ in range(4)) < 0.1
+    assert min(longest_pause(tmp_path / "entries.parquet") for _ in range(4)) < 0.25
 
 
 def longest_pause(path: Path) -> float:
