@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections import Counter
 from itertools import product
 from typing import Any
 
 import ray
+from ray.exceptions import UserCodeException
 from ray.util.state import list_nodes
 
 from ask_ray.config import Settings, SettingsError
@@ -187,6 +189,15 @@ def check_whole_cpu(what: str) -> None:
 def _alive() -> list[dict[str, Any]]:
     """The live nodes, as Ray tells of them."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def raised_by(error: BaseException) -> str | None:
+    """What a function raised that Ray Data called in a task, in a line: it keeps that as text alone. None for any other error."""
+    if not isinstance(getattr(error, "cause", None) or error, UserCodeException):
+        return None
+    before = str(error).rsplit("\nThe above exception", 1)[0]
+    raised: list[str] = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception|Exit)\b.*)$", before, re.MULTILINE)
+    return raised[-1] if raised else None
 
 
 def several_nodes() -> bool:

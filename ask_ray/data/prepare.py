@@ -92,11 +92,11 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
 
 
 def _innermost(error: BaseException) -> str:
-    """The cause of a task's failure in a line: the first error of this project's own, which says what to do, else the last."""
+    """The cause of a task's failure in a line."""
+    if raised := cluster.raised_by(error):
+        return raised
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
-        if isinstance(error, UserError) and not isinstance(error, ray.exceptions.RayError):
-            break
     return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 

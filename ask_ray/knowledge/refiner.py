@@ -7,15 +7,15 @@ nothing with it. What fails is tried again with a growing pause; what still fail
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, UserCodeException
+from ray.exceptions import ObjectLostError
 
+from ask_ray.cluster import raised_by
 from ask_ray.config import KnowledgeSettings
 from ask_ray.journal import Journal
 from ask_ray.knowledge import index, snapshot
@@ -389,9 +389,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _told(error: BaseException) -> str:
     """The cause of a failure in a line."""
-    if isinstance(_cause(error), UserCodeException):  # Ray Data keeps what an encoder raised as text alone
-        raised = re.findall(r"^[\w.]+(?:Error|Exception|Exit)\b.*$", str(error).split("\nThe above exception")[0], re.MULTILINE)
-        if raised:
-            return str(raised[-1])
+    if raised := raised_by(error):
+        return raised
     cause = _cause(error)
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"

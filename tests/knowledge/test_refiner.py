@@ -110,7 +110,7 @@ def test_a_refresh_from_request_to_swap_then_pruning_taking_back_and_restarting(
     unfinished(bench.home, 1)  # of an earlier try: it gives way
     replica = Replica(bench.refiner, bench.home, RUN, MODEL.dim, torch.device("cpu"), bench.journal, rank=0)
     bench.call("start_from", 0)
-    replica.open(0)
+    replica.open(0, [].append)
     replica.watch(0)
     assert bench.next_after(0) is None
 

@@ -308,7 +308,7 @@ def test_a_version_that_a_disk_does_not_give_is_refused_too(line):
     put(line.home, 1)
     (line.home.local / "v000001" / "audio.npy").unlink()
     (line.home.local / "v000001" / "audio.npy").mkdir()
-    with pytest.raises(SnapshotError, match="v1"):
+    with pytest.raises(SnapshotError, match="v000001"):
         line.replica(1)
     replica = line.replica(0)
     line.offer(1)
