@@ -301,7 +301,7 @@ def test_a_killed_run_continues_by_name_with_the_version_of_its_checkpoint(
     file.write_text(settings.to_yaml())
     run = Folder(str(home / "runs" / "killed"))
     job = start_job("train", "--config", str(file))
-    job.kill_when(lambda: checkpoint.pinned_versions(run), seconds=120)  # a checkpoint names a version of the knowledge base
+    job.kill_when(lambda: checkpoint.pinned_versions(run), seconds=300)  # a checkpoint names a version of the knowledge base
     heard: list[dict] = []
     result = experiment.run(settings, quiet(), listen=heard.append)
     (began,) = (event for event in heard if event["kind"] == "began")
