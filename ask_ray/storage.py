@@ -163,7 +163,10 @@ class Folder:
     def names(self) -> list[str]:
         """Names of the files and folders in it, sorted; empty if the folder does not exist."""
         with self._reached() as (filesystem, path):
-            found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            try:
+                found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            except FileNotFoundError:  # it came or went while it was listed
+                return []
         return sorted(info.base_name for info in found)
 
     @contextlib.contextmanager
