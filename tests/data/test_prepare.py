@@ -432,9 +432,7 @@ def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_se
 
 def test_storage_that_fails_in_a_task_sets_nothing_aside_and_preparing_goes_on_when_it_is_mended(tmp_path, write_audio):
     """A file that the driver sees and its node does not: here it has gone since planning."""
-    path = write_audio(tmp_path / "in" / "a.wav")
-    for name in ("b", "c"):
-        write_audio(tmp_path / "in" / f"{name}.wav")
+    path, *_ = (write_audio(tmp_path / "in" / f"{name}.wav", hz=hz) for name, hz in (("a", 300), ("b", 400), ("c", 500)))
     (tmp_path / "in" / "captions.csv").write_text("file_name,caption,split\na.wav,x,train\nb.wav,x,train\nc.wav,x,test\n")
     data = folder_data(tmp_path / "in", tmp_path / "out", max_rejected=1.0)
     with pytest.MonkeyPatch.context() as patch:
