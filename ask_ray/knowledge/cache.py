@@ -6,7 +6,6 @@ one holds a shared lock (``flock``) on a file in it, which ends with the process
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ask_ray.config import KnowledgeSettings
+from ask_ray.scratch import in_use, lock
 from ask_ray.storage import Folder
 
 #: The file of a copy that its users lock; its time is that of the last use.
@@ -141,23 +141,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def lock(path: Path) -> int:
-    """A descriptor that holds a file, as others may too, until it is closed or its process ends."""
-    lease = os.open(path, os.O_RDONLY)
-    fcntl.flock(lease, fcntl.LOCK_SH)
-    return lease
-
-
-def in_use(path: Path) -> bool:
-    """Whether a live process holds a file by :func:`lock`."""
-    lease = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(lease)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from ask_ray import scratch
 from ask_ray.config import UserError
 from ask_ray.knowledge import index as indexes
-from ask_ray.knowledge.cache import LEASE, Cache, Copy, in_use, lock
+from ask_ray.knowledge.cache import Cache, Copy
 from ask_ray.storage import Folder, digest_bytes, digest_file
 
 FORMAT = 2
@@ -262,19 +261,9 @@ def _staging(home: Folder) -> Iterator[Path]:
 @contextlib.contextmanager
 def _temporary() -> Iterator[Path]:
     """A folder in the system's temporary folder, held as long as the `with` lasts. What other runs hold there stays."""
-    root = Path(tempfile.gettempdir()) / f"ask_ray-staging-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    with FileLock(root / "lock"):
-        for left in root.iterdir():
-            with contextlib.suppress(OSError):  # removed by its process just now, or on a filesystem without such locks
-                if left.is_dir() and not in_use(left / LEASE):
-                    shutil.rmtree(left, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(dir=root))
-        (made / LEASE).touch()
-        lease = lock(made / LEASE)
+    made, lease = scratch.make("staging")
     try:
-        (made / "files").mkdir()
-        yield made / "files"
+        yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
         os.close(lease)

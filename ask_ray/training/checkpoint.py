@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +21,13 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from filelock import FileLock
 from ray.train import Checkpoint, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ask_ray import config
+from ask_ray import config, scratch
 from ask_ray.config import Settings, UserError
-from ask_ray.knowledge.cache import in_use, lock
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
 from ask_ray.storage import Folder, StorageError, Tell, patiently
@@ -41,6 +37,9 @@ PREFIX = "checkpoint_"
 #: Ray Train's list of them.
 CHECKPOINTS = "checkpoint_manager_snapshot.json"
 MEMORY = "memory.safetensors"
+
+#: What the folders of checkpoints on their way are called.
+STAGING = "checkpoints"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -263,26 +262,12 @@ def staging() -> Path:
 
 @lru_cache(maxsize=1)
 def _staging() -> Path:
-    with _temporary() as root:
-        made = Path(tempfile.mkdtemp(dir=root))
-        lock(made)  # until the process ends, however it does
-    return made
+    return scratch.make(STAGING)[0]  # held until the process ends
 
 
 def tidy() -> None:
     """Remove from this node the checkpoints that were on their way when their process was ended."""
-    with contextlib.suppress(OSError), _temporary() as root:  # a folder that cannot be tidied stops no run
-        for left in [path for path in root.iterdir() if path.is_dir() and not in_use(path)]:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
-    """The folder of all processes' of this user, to make one in it or to remove some as long as the `with` lasts."""
-    root = Path(tempfile.gettempdir()) / f"ask_ray-checkpoints-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    with FileLock(root / "lock"):
-        yield root
+    scratch.tidy(STAGING)
 
 
 def uploading(run: Folder, tell: Tell) -> Callable[[Checkpoint, str], Checkpoint]:

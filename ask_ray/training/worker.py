@@ -72,7 +72,6 @@ class Worker:
     """One rank of a run."""
 
     def __init__(self, plan: WorkerPlan) -> None:
-        checkpoint.tidy()
         self.plan, self.settings = plan, plan.settings
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
