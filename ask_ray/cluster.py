@@ -143,14 +143,15 @@ def trials_at_once(settings: Settings, wanted: int | None) -> int:
 
 
 def _placed(settings: Settings, nodes: list[dict[str, Any]]) -> bool:
-    """Take one trial's shares from the nodes, the largest first, each where it may run and first fits; false if one does not."""
+    """Take one trial's shares from the nodes, each where it may run and first fits; false if one does not. Those come first that
+    the fewest nodes may hold, else they would find these taken; of the others the largest."""
     training, pool = settings.training, settings.knowledge.pool
     worker = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker or 0.0}
     actor = {"CPU": pool.cpus, "GPU": pool.gpus or 0.0}
     parts = [(worker, [node for node in nodes if _trains(settings, node)])] * (training.workers or 0)
     parts += [(actor, [node for node in nodes if _encodes(settings, node)])] * (pool.min_actors if settings.ask.enabled else 0)
     parts += [({"CPU": share}, nodes) for share in (_evaluation_cpus(settings), TRIAL_CPUS)]
-    parts.sort(key=lambda one: (one[0].get("GPU", 0.0), one[0]["CPU"]), reverse=True)
+    parts.sort(key=lambda one: (len(one[1]), -one[0].get("GPU", 0.0), -one[0]["CPU"]))
     return all(any(_taken(part, node) for node in on) for part, on in parts)
 
 

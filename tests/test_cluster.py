@@ -306,6 +306,19 @@ def test_trials_are_counted_with_each_gpu_apart(settings, gpus, count, monkeypat
     assert cluster.trials_at_once(settings, None) == count
 
 
+@pytest.mark.parametrize(
+    ("training", "pool", "nodes"),
+    [
+        ({"cpus_per_worker": 2.0}, APART | {"cpus": 1.0}, [node(2, role="encoder"), node(3)]),
+        ({"cpus_per_worker": 1.0, **TRAIN}, {"cpus": 2.0}, [node(2, train=True), node(3)]),
+    ],
+    ids=["pool-bound", "workers-bound"],
+)
+def test_what_few_nodes_may_hold_finds_its_place_before_what_fits_on_others(training, pool, nodes, monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster.trials_at_once(of({"workers": 1, "device": "cpu", **training}, pool), None) == 1
+
+
 def test_labels_must_be_carried_by_one_node_all_at_once():
     nodes = [{"Resources": {"CPU": 4.0}, "Labels": labels} for labels in ({"zone": "a"}, {"kind": "x"}, None)]
     cluster._check_nodes(of(pool={"node_labels": {"zone": "a"}}), nodes)
