@@ -58,6 +58,16 @@ OF_PBT = ("ask.rho", "ask.beta", "ask.epsilon", "ask.tau_knowledge", "ask.tau_re
 #: Points that are drawn to see whether a space can run.
 PROBES = 64
 
+#: Numbers with an exponent that YAML 1.1 takes for words, such as 1e-5 and 1.5e3; in settings files they are numbers.
+EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as settings files have them."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
 
 def name_of(point: Point) -> str:
     """A point in words."""
@@ -288,7 +298,7 @@ def read(path: str) -> SpaceFile:
     """
     try:
         text = Path(path).read_bytes().decode()
-        document, lines = yaml.safe_load(text), _lines(text)
+        document, lines = yaml.load(text, _Loader), _lines(text)
     except OSError as error:
         raise SettingsError(f"--space: {path} cannot be read: {error.strerror}; tune_spaces/ has spaces to start from") from error
     except UnicodeDecodeError as error:

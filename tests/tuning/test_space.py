@@ -6,6 +6,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import get_loader
 
 from ask_ray.config import Settings, SettingsError, SweepSettings, load
 from ask_ray.tuning import space
@@ -194,6 +195,19 @@ def test_steps_of_a_range_may_all_be_whole_numbers(tmp_path):
 def test_the_upper_bound_of_integers_is_left_out(tmp_path):
     base = load({"model": {"max_words": 16}})
     read(tmp_path, "space:\n  model.max_words: {randint: [4, 513]}").check_bounds(base)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e-5", "1e5", "+2E3", "-1.5e3", "1.e-4", "1_0e2", "1.0e-5", "3", "0.5", ".5", "1e", "e5", "1-5"]
+)
+def test_numbers_are_read_as_in_settings_files(tmp_path, number):
+    (one,) = read(tmp_path, f"space:\n  model.text: {{choice: [{number}]}}").dimensions
+    assert repr(one.values[0]) == repr(get_loader("yaml")(number))
+
+
+def test_a_range_may_be_written_with_exponents(tmp_path):
+    (one,) = read(tmp_path, "space:\n  training.learning_rate: {loguniform: [1e-5, 1e-3]}").dimensions
+    assert one.values == (1e-5, 1e-3)
 
 
 def test_a_point_that_cannot_run_is_refused_with_its_settings(tmp_path):
