@@ -70,8 +70,14 @@ def _last_swaps(events: Events, version: int) -> Events:
 
 def validations(events: Events) -> Events:
     """The events that hold figures of the validation split, `t2a_r1` and the like, by step: epochs that the workers evaluated
-    themselves and evaluations beside training."""
-    found = {event["step"]: event for event in events if event["kind"] in ("epoch", "validated") and "t2a_r1" in event}
+    themselves and evaluations beside training. Where training began again at an earlier step, those after it are of weights that
+    are gone, and left out."""
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["kind"] == "began":
+            found = {step: of for step, of in found.items() if step <= event["step"]}
+        elif event["kind"] in ("epoch", "validated") and "t2a_r1" in event:
+            found[event["step"]] = event
     return [found[step] for step in sorted(found)]
 
 

@@ -98,6 +98,14 @@ def test_validation_points_come_from_epochs_and_from_evaluations_beside_training
     assert [(event["step"], event["t2a_r1"]) for event in points] == [(20, 0.1), (40, 0.2), (60, 0.5), (80, 0.4)]
 
 
+@pytest.mark.parametrize(("step", "left"), [(0, []), (40, [20, 40]), (50, [20, 40]), (80, [20, 40, 60, 80])])
+def test_figures_of_weights_that_are_gone_are_left_out_when_training_begins_again(step, left):
+    again = [*journal(), {"kind": "began", "time": 400.0, "step": step, "epoch": step // 20, "world_size": 2}]
+    assert [event["step"] for event in report.validations(again)] == left
+    later = {"kind": "epoch", "time": 410.0, "epoch": 4, "step": 80, "t2a_r1": 0.7}
+    assert report.validations([*again, later])[-1] == later
+
+
 def test_no_refreshes_no_rows():
     assert report.refreshes([]) == []
     assert report.refreshes([event for event in journal() if event["kind"] != "swapped"]) == []

@@ -59,6 +59,17 @@ def test_a_trial_without_runs_has_no_value(tmp_path):
     assert (found["value"], found["values"], found["test"], found["reason"]) == (None, {}, None, "why")
 
 
+def test_a_trial_that_is_tried_again_has_no_value_of_its_earlier_life(tmp_path):
+    trials = Folder.at(str(tmp_path))
+    write_run(trials, run_name("a", 0), [0.1, 0.3])
+    history = (trials / run_name("a", 0)).read_json("history.json")
+    (trials / run_name("a", 0)).write_json("history.json", [*history, {"kind": "began", "step": 0}])
+    assert outcome.row_of(trials, "a", {}, outcome.FAILED, "", SweepSettings())["value"] is None
+    again = {"kind": "epoch", "step": 10, "epoch": 1, "t2a_r1": 0.2, "mean_r1": 0.2}
+    (trials / run_name("a", 0)).write_json("history.json", [*history, {"kind": "began", "step": 0}, again])
+    assert outcome.row_of(trials, "a", {}, outcome.RUNNING, "", SweepSettings())["value"] == 0.2
+
+
 def test_the_newest_part_of_a_run_counts(tmp_path):
     trials = Folder.at(str(tmp_path))
     for part, value in ((0, 0.1), (1, 0.2), (10, 0.7)):
