@@ -55,12 +55,14 @@ def check_donors(sweep: SweepSettings, settings: Settings) -> None:
     training = settings.training
     if sweep.algorithm != "pbt":
         return
-    latest = min(sweep.perturb_epochs, training.epochs - 1)
-    if training.checkpoint_every > latest and not training.evaluates_beside:  # else each evaluation has its checkpoint
+    evaluated = (epoch for epoch in range(sweep.perturb_epochs, training.epochs) if training.evaluates(epoch))
+    latest = next(evaluated, training.epochs - 1)
+    beside = training.evaluate_every if training.evaluates_beside else training.epochs  # each of these has its checkpoint
+    if min(training.checkpoint_every, beside) > latest:
         raise SettingsError(
-            f"training.checkpoint_every is {training.checkpoint_every}: pbt takes over runs from sweep.perturb_epochs "
-            f"({sweep.perturb_epochs}) on, before the last of training.epochs ({training.epochs}), and needs a checkpoint of "
-            f"theirs by then; set training.checkpoint_every to {max(latest, 1)} or less"
+            f"training.checkpoint_every is {training.checkpoint_every}: pbt takes over runs from their first evaluation at "
+            f"sweep.perturb_epochs ({sweep.perturb_epochs}) or later on, and needs a checkpoint of theirs by then, of before the "
+            f"last of training.epochs ({training.epochs}); set training.checkpoint_every to {max(latest, 1)} or less"
             + ("" if latest else ", and training.epochs above 1")
         )
     if training.keep_checkpoints < 2:

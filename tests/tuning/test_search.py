@@ -102,6 +102,12 @@ def test_a_population_says_what_to_lower_where_it_finds_no_room():
         ({"keep_checkpoints": 1}, r"^training\.keep_checkpoints is 1: "),
         ({}, None),
         ({"checkpoint_every": 3, "evaluation": "beside"}, None),
+        ({"epochs": 14, "evaluate_every": 7, "checkpoint_every": 4}, None),
+        ({"epochs": 14, "evaluate_every": 7, "checkpoint_every": 8}, r"^training\.checkpoint_every is 8: .* to 7 or less$"),
+        ({"epochs": 14, "evaluate_every": 7, "checkpoint_every": 8, "evaluation": "beside"}, None),
+        ({"epochs": 14, "evaluate_every": 14, "checkpoint_every": 13}, None),
+        ({"evaluate_every": 6, "checkpoint_every": 6, "evaluation": "beside"}, r"^training\.checkpoint_every is 6: .* to 5 or"),
+        ({"evaluate_every": 0}, None),  # of which check_reported tells
     ],
 )
 def test_a_population_whose_runs_would_have_no_checkpoint_to_begin_from_is_refused(training, refused):
