@@ -250,6 +250,15 @@ def newest_name(run: Folder, below: float = math.inf) -> str:
     return PurePosixPath(found[-1].path).name
 
 
+def has_any(run: Folder, below: float = math.inf) -> bool:
+    """Whether a run has a checkpoint of fewer than `below` epochs."""
+    try:
+        newest_name(run, below)
+    except CheckpointError:
+        return False
+    return True
+
+
 def staging() -> Path:
     """The local folder of this process for checkpoints on their way to or from storage. It is the process's alone, and
     :func:`tidy` leaves it as long as the process lives."""

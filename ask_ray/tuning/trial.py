@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ask_ray import experiment, report
 from ask_ray.config import Settings, SweepSettings, UserError, flat, with_values
 from ask_ray.journal import Journal
 from ask_ray.storage import Folder
+from ask_ray.training import checkpoint
+from ask_ray.training.checkpoint import CheckpointError
 from ask_ray.tuning.space import Point
 
 #: What a trial tells Ray Tune beside the figures: epochs since its start over all seeds, and whether it is at its end.
@@ -24,6 +27,9 @@ AGE, DONE = "age", "whole"
 
 #: The file of what Ray Tune keeps for pbt: which run has the weights.
 DONOR = "donor.json"
+
+#: Seconds for which a trial waits for a checkpoint to take over, and between two looks.
+PATIENCE, PAUSE = 300.0, 1.0
 
 #: Tags of a trial's MLflow runs.
 PARENT_TAG, TRIAL_TAG, STATUS_TAG, REASON_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.status", "sweep.reason"
@@ -81,17 +87,42 @@ def settings_of(plan: TrialPlan, point: Point, trial: str, seed: int) -> Setting
 
 def _part(plan: TrialPlan, point: Point, trial: str, seed: int, donor: str) -> Point:
     """What tells a part of a trial's run under pbt: it goes on with its newest part, or forks the run that it takes over."""
-    newest = last_part(plan.trials, trial, seed)
-    if donor == run_name(trial, seed, newest) and _goes_on(plan.trials / donor, point):
-        there = flat(yaml.safe_load((plan.trials / donor).read("settings.yaml")))
-        return {"run.name": donor, "run.fork": there["run.fork"]}
-    return {"run.name": run_name(trial, seed, newest + 1), "run.fork": (plan.trials / donor).uri}
+    newest, run = last_part(plan.trials, trial, seed), plan.trials / donor
+    if donor == run_name(trial, seed, newest) and _goes_on(run, point):
+        return {"run.name": donor, "run.fork": _told_of(run)["run.fork"]}
+    return {"run.name": run_name(trial, seed, newest + 1), "run.fork": _to_fork(run, plan.settings.training.epochs).uri}
 
 
 def _goes_on(run: Folder, point: Point) -> bool:
     """Whether a run was made with the settings of a point."""
-    there = flat(yaml.safe_load(run.read("settings.yaml")))
+    there = _told_of(run)
     return all(there[key] == value for key, value in point.items())
+
+
+def _told_of(run: Folder) -> Point:
+    """The settings of a run by their dotted names."""
+    return flat(yaml.safe_load(run.read("settings.yaml")))
+
+
+def _to_fork(donor: Folder, epochs: int) -> Folder:
+    """The run to fork for a donor's weights, when it has a checkpoint of before its last epoch: the first may still be on its way
+    to storage. A donor that forked another one itself may never have any, if it was so late: then that other one.
+
+    Raises:
+        CheckpointError: if there is none, and none can come any more or does for a while.
+    """
+    end = time.monotonic() + PATIENCE
+    while not checkpoint.has_any(donor, epochs):
+        if finished(donor) or time.monotonic() > end:
+            fork = _told_of(donor)["run.fork"]
+            if fork is None:
+                raise CheckpointError(
+                    f"{donor}: no checkpoint of before epoch {epochs} is there to take over: it was removed, or takes longer "
+                    f"than {PATIENCE:g} s to get there"
+                )
+            return _to_fork(Folder.at(fork), epochs)
+        time.sleep(PAUSE)
+    return donor
 
 
 def _donor() -> str | None:

@@ -1,5 +1,6 @@
 """What a trial tells Ray Tune, and whom early stopping may stop for it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from ask_ray import experiment
 from ask_ray.config import Settings, SweepSettings, load
 from ask_ray.journal import Journal
 from ask_ray.storage import Folder
+from ask_ray.training.checkpoint import CheckpointError
 from ask_ray.tuning import search, trial
 from ask_ray.tuning.space import Dimension, Space
 from ask_ray.tuning.trial import AGE, DONE, TrialPlan
@@ -81,6 +83,57 @@ def test_a_trial_whose_training_is_done_is_not_stopped_before_its_end(tmp_path, 
             worse = {**report, "mean_r1": 1.0 - number / 10}
             if scheduler.on_trial_result(None, told, worse) == TrialScheduler.STOP:
                 assert report[DONE], "stopped before its final refresh and evaluation"
+
+
+@pytest.fixture
+def leave(tmp_path, left_run) -> Callable[..., None]:
+    """A function that leaves a run of a population: with a checkpoint or before its first, at its end or not."""
+
+    def left(name: str, saved: bool, whole: bool = False, **of_run: str) -> None:
+        settings, folder = load({"run": of_run}), Folder.at(str(tmp_path)) / name
+        folder.write("settings.yaml", settings.to_yaml().encode())
+        if saved:
+            left_run(name, settings, SimpleNamespace(folder=folder))
+        if whole:
+            folder.write_json("result.json", {})
+
+    return left
+
+
+def part(home: Path, donor: str, **point: float) -> dict[str, Any]:
+    """What trial `a` is told to take up that has a run with ρ = 0.8."""
+    plan = TrialPlan(load({}), SweepSettings(algorithm="pbt"), Folder.at(str(home)), "", Journal("none"))
+    return trial._part(plan, {"ask.rho": 0.8, **point}, "a", 0, donor)
+
+
+def test_a_trial_waits_for_the_first_checkpoint_of_the_run_that_it_takes_over(tmp_path, leave, monkeypatch):
+    leave("b-seed-0", saved=False)
+    monkeypatch.setattr(trial.time, "sleep", lambda seconds: leave("b-seed-0", saved=True))
+    assert part(tmp_path, "b-seed-0") == {"run.name": "a-seed-0-part-1", "run.fork": str(tmp_path / "b-seed-0")}
+    assert (tmp_path / "b-seed-0/checkpoint_a").exists()
+
+
+@pytest.mark.parametrize(("whole", "patience"), [(False, 0.0), (True, 300.0)], ids=["takes-too-long", "gone-for-good"])
+def test_a_trial_that_finds_no_weights_to_take_over_says_which(tmp_path, leave, whole, patience, monkeypatch):
+    leave("b-seed-0", saved=False, whole=whole)
+    monkeypatch.setattr(trial, "PATIENCE", patience)
+    monkeypatch.setattr(trial.time, "sleep", lambda seconds: pytest.fail("it waits for what cannot come"))
+    with pytest.raises(CheckpointError, match=r"/b-seed-0: no checkpoint of before epoch 14 is there to take over"):
+        part(tmp_path, "b-seed-0")
+
+
+def test_of_a_run_that_itself_forked_another_just_before_its_end_that_other_is_forked(tmp_path, leave):
+    leave("c-seed-0", saved=True)
+    leave("b-seed-0-part-1", saved=False, whole=True, fork=str(tmp_path / "c-seed-0"))
+    assert part(tmp_path, "b-seed-0-part-1")["run.fork"] == str(tmp_path / "c-seed-0")
+
+
+def test_a_part_goes_on_as_it_was_begun_while_its_settings_are_its_own(tmp_path, leave):
+    leave("b-seed-0", saved=True)
+    leave("a-seed-0-part-1", saved=True, fork=str(tmp_path / "b-seed-0"))
+    assert part(tmp_path, "a-seed-0-part-1") == {"run.name": "a-seed-0-part-1", "run.fork": str(tmp_path / "b-seed-0")}
+    changed = part(tmp_path, "a-seed-0-part-1", **{"ask.rho": 0.5})
+    assert changed == {"run.name": "a-seed-0-part-2", "run.fork": str(tmp_path / "a-seed-0-part-1")}
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
