@@ -20,6 +20,7 @@ from ask_ray.journal import Journal
 from ask_ray.storage import Folder
 from ask_ray.training import checkpoint
 from ask_ray.training.checkpoint import CheckpointError
+from ask_ray.training.trainer import RunPlace
 from ask_ray.tuning.space import Point
 
 #: What a trial tells Ray Tune beside the figures: epochs since its start over all seeds, and whether it is at its end.
@@ -135,7 +136,8 @@ def _donor() -> str | None:
 
 
 def train_trial(config: dict[str, Any], plan: TrialPlan) -> None:
-    """Ray Tune's trainable: train once with each seed, and report after every evaluation. What is there is not done again.
+    """Ray Tune's trainable: train once with each seed, and report after every evaluation. What is there is not done again, but a
+    run that came to its end without the figure that it is judged by.
 
     Reported are the figures of an evaluation with `age`, and at the end the metric's mean over the seeds with `whole`. That
     alone tells early stopping of the last epoch of all: no trial is stopped between its training and its end.
@@ -161,12 +163,21 @@ def _train(trial: str, point: Point, plan: TrialPlan) -> None:
                 name if plan.sweep.algorithm == "pbt" else None,
                 epochs if last and plan.sweep.early_stopping else None,
             )
+            _forget_unjudged(plan, name, epochs)
             if not finished(folder):
                 tags = {PARENT_TAG: plan.parent, TRIAL_TAG: trial, **{key: str(value) for key, value in point.items()}}
                 experiment.run(settings, Console(file=nowhere), told.tell, tags)
             values.append(last_value(folder, plan.sweep.metric, epochs))
     epochs = settings.training.epochs * len(values)
     tune.report({plan.sweep.metric: sum(values) / len(values), AGE: epochs + 1, DONE: True})
+
+
+def _forget_unjudged(plan: TrialPlan, name: str, epochs: int) -> None:
+    """Make room for a run that is at its end without an evaluation after its last epoch: none can come any more."""
+    folder = plan.trials / name
+    if finished(folder) and not _last_values(folder, plan.sweep.metric, epochs):
+        RunPlace(plan.trials, name).forget()
+        folder.remove("result.json")
 
 
 @dataclass(frozen=True)
@@ -203,14 +214,19 @@ def last_value(folder: Folder, metric: str, epochs: int) -> float:
     Raises:
         NotEvaluated: if there is none. An earlier one would be of another age than other trials'.
     """
-    events = folder.read_json("history.json") if folder.exists("history.json") else []
-    found = [event[metric] for event in report.validations(events) if event["epoch"] == epochs and metric in event]
+    found = _last_values(folder, metric, epochs)
     if not found:
         raise NotEvaluated(
             f"{folder.name}: there is no {metric} of its last epoch, {epochs}: the evaluation beside training failed or took "
             "longer than training.evaluation_timeout_seconds, or history.json could not be saved"
         )
-    return float(found[-1])
+    return found[-1]
+
+
+def _last_values(folder: Folder, metric: str, epochs: int) -> list[float]:
+    """The metric of a run's evaluations after its last epoch; empty if there is none."""
+    events = folder.read_json("history.json") if folder.exists("history.json") else []
+    return [float(event[metric]) for event in report.validations(events) if event["epoch"] == epochs and metric in event]
 
 
 def value_of(folder: Folder, metric: str) -> float:

@@ -137,7 +137,9 @@ def test_a_part_goes_on_as_it_was_begun_while_its_settings_are_its_own(tmp_path,
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
-def test_a_run_without_its_last_evaluation_is_not_judged_by_an_earlier_one(tmp_path, reports, monkeypatch, seeds):
+def test_a_run_without_its_last_evaluation_is_not_judged_by_an_earlier_one_and_is_trained_again(
+    tmp_path, reports, monkeypatch, seeds
+):
     def unevaluated(settings: Settings, *rest: Any) -> None:
         run(settings, *rest)
         folder = Folder.at(settings.run.storage) / str(settings.run.name)
@@ -145,7 +147,20 @@ def test_a_run_without_its_last_evaluation_is_not_judged_by_an_earlier_one(tmp_p
             folder.write_json("history.json", folder.read_json("history.json")[:-1])
 
     monkeypatch.setattr(experiment, "run", unevaluated)
-    for _ in range(2):  # what is there already is judged as strictly
-        with pytest.raises(trial.NotEvaluated, match=f"^a-seed-{seeds[-1]}: there is no mean_r1 of its last epoch, 6: the eval"):
-            train(tmp_path, "a", SweepSettings(seeds=seeds), 6, 3)
+    with pytest.raises(trial.NotEvaluated, match=f"^a-seed-{seeds[-1]}: there is no mean_r1 of its last epoch, 6: the eval"):
+        train(tmp_path, "a", SweepSettings(seeds=seeds), 6, 3)
     assert not any(report[DONE] for report in reports)
+    checkpoint = tmp_path / f"a-seed-{seeds[-1]}/checkpoint_a/state.json"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    trained = []
+
+    def again(settings: Settings, *rest: Any) -> None:
+        trained.append(settings.run.seed)
+        assert not checkpoint.exists()  # else it would be at its end again, and not be evaluated
+        run(settings, *rest)
+
+    monkeypatch.setattr(experiment, "run", again)
+    train(tmp_path, "a", SweepSettings(seeds=seeds), 6, 3)
+    assert trained == seeds[-1:]
+    assert reports[-1][DONE]
