@@ -91,7 +91,7 @@ def run(
     if place.storage.local is None:
         Folder(str(Cache.of(settings.knowledge).root)).check_writable("knowledge.cache")
     continued = _check_same(settings, place)
-    _check_fork(settings)
+    _check_fork(settings, place)
     corpus = prepared(settings, console)
     trainer.check(settings, corpus)
     _tell_untested(console, settings, corpus)
@@ -175,14 +175,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str,
     return masked(", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in keys))
 
 
-def _check_fork(settings: Settings) -> None:
-    """Refuse to begin from a run that cannot be taken up.
+def _check_fork(settings: Settings, place: RunPlace) -> None:
+    """Refuse to begin from a run that cannot be taken up. A run with a checkpoint of its own goes on from that.
 
     Raises:
         SettingsError, CheckpointError: naming what is in the way.
     """
     fork = settings.run.fork
-    if fork is None:
+    if fork is None or checkpoint.has_any(place.folder):
         return
     with checkpoint.newest(Folder.at(fork), settings.training.epochs) as folder:
         there = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))

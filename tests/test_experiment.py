@@ -41,6 +41,7 @@ from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint, worker
+from ask_ray.training.trainer import RunPlace
 
 ROOT = Path(__file__).parents[1]
 
@@ -261,6 +262,15 @@ def test_a_fork_goes_on_from_another_runs_weights_with_settings_of_its_own(sync_
 def test_a_run_that_cannot_be_forked_is_refused(sync_run: dict, home: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         experiment.run(settings_of(home, **{"run": {"name": "no", "fork": sync_run["folder"]}, **changes}), quiet())
+
+
+def test_a_run_with_a_checkpoint_of_its_own_goes_on_though_what_it_forked_is_gone(tmp_path: Path, left_run) -> None:
+    corpus, place = SimpleNamespace(folder=Folder.at(str(tmp_path))), RunPlace(Folder.at(str(tmp_path)), "fork")
+    settings = load({"run": {"fork": str(tmp_path / "gone")}})
+    with pytest.raises(UserError, match=r"gone: not a run's folder"):
+        experiment._check_fork(settings, place)
+    left_run("fork", settings, corpus)
+    experiment._check_fork(settings, place)
 
 
 def test_what_the_weights_of_a_fork_have_seen_of_the_evaluation_splits_is_told_before_training(recorded, left_run) -> None:
