@@ -135,13 +135,20 @@ class Board:
         self._recorder.metrics({"trials_ended": ended} | ({self._of.metric: best["value"]} if best else {}), ended)
 
     def prune(self) -> None:
-        """Remove weights and knowledge bases of trials that have ended, all but the best."""
+        """Remove weights and knowledge bases of trials that have ended, all but the best. A population keeps all until it is
+        at its end as a whole: a trial that goes on, or failed and is tried again, may take over the weights of any other."""
+        if self._of.algorithm == "pbt" and not self._over():
+            return
         ended = [row for row in self.rows.values() if row["status"] in (FINISHED, STOPPED, FAILED)]
         best = [row for row in outcome.ranked(ended, self._of.mode) if row["status"] == FINISHED][: self._of.keep]
         kept = [run_folder(self.trials, row["trial"], seed).name for row in best for seed in self._of.seeds]
         for name in self._runs_of([row["trial"] for row in ended]):
             if name not in kept:
                 RunPlace(self.trials, name).forget()
+
+    def _over(self) -> bool:
+        """Whether all trials of a population came to their end, and none will be tried again."""
+        return len(self.rows) == self._of.trials and {*self.statuses()} <= {FINISHED, STOPPED}
 
     def _runs_of(self, trials: list[str]) -> list[str]:
         """The runs of trials, all parts and seeds."""

@@ -57,6 +57,24 @@ def test_a_trial_that_is_tried_again_does_not_fail_for_the_reason_of_before(tmp_
 
 
 @pytest.mark.parametrize(
+    ("statuses", "kept"),
+    [
+        (["finished", "interrupted", "failed"], "abc"),
+        (["finished", "finished", "failed"], "abc"),  # it is tried again when the sweep is continued
+        (["finished", "finished"], "ab"),  # the third has not begun
+        (["finished", "finished", "finished"], "c"),
+    ],
+)
+def test_a_population_keeps_its_weights_until_all_of_it_is_finished(tmp_path, statuses, kept):
+    board, _ = board_of(tmp_path, algorithm="pbt", trials=3)
+    for value, (trial, status) in enumerate(zip("abc", statuses, strict=False)):
+        board.rows[trial] = {"trial": trial, "status": status, "value": float(value)}
+        (board.trials / run_name(trial, 0) / "checkpoint_a").write("state.json", b"{}")
+    board.prune()
+    assert [name[0] for name in board.trials.names() if (board.trials / name).exists("checkpoint_a")] == [*kept]
+
+
+@pytest.mark.parametrize(
     ("of", "runs", "kind", "expected"),
     [
         ({"seeds": [0, 1]}, {run_name("a", 0): True, run_name("a", 1): False}, "failed", ["FINISHED", "FAILED"]),
