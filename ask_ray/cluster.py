@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -39,15 +40,16 @@ def connect(settings: Settings) -> None:
     _start(settings, _cpus(settings, settings.training.workers or CPU_WORKERS), dashboard=False)
 
 
-def connect_for_sweep(settings: Settings, at_once: int | None, stops: bool) -> None:
-    """As :func:`connect`, with room for so many trials at once, by default as many as this machine's cores hold.
+def connect_for_sweep(settings: Settings, tried: Sequence[Settings], at_once: int | None, stops: bool) -> None:
+    """As :func:`connect`, with room for so many trials at once of the largest that are `tried`, by default for as many as this
+    machine's cores hold.
 
     The dashboard is there: without it, Ray 2.60 keeps the resources of trials that were stopped.
 
     Raises:
         SettingsError: if the sweep `stops` trials, and the cluster that was joined has no dashboard.
     """
-    cpus = (at_once or _on_cores(settings)) * (_cpus(settings, workers_of_trial(settings)) + TRIAL_CPUS)
+    cpus = max((at_once or _on_cores(one)) * (_cpus(one, workers_of_trial(one)) + TRIAL_CPUS) for one in tried)
     if _start(settings, cpus, dashboard=True) and stops:
         _check_state()
 

@@ -359,6 +359,19 @@ def test_a_named_cluster_is_joined_else_one_large_enough_is_started(variables, e
     assert (asked["address"], asked["num_cpus"], asked["include_dashboard"]) == expected
 
 
+@pytest.mark.parametrize(("at_once", "cpus"), [(2, 13), (None, 7)])
+def test_a_session_for_a_sweep_has_room_for_the_largest_trials(at_once, cpus, monkeypatch):
+    asked: dict = {}
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
+    tried = [of({"workers": workers, "cpus_per_worker": 1.5}, enabled=False) for workers in (1, 4, 2)]
+    cluster.connect_for_sweep(tried[0], tried, at_once, False)
+    assert asked["num_cpus"] == cpus
+
+
 @pytest.mark.parametrize(
     ("address", "stops", "told"),
     [("10.0.0.1:6379", True, "10.0.0.1:6379"), ("10.0.0.1:6379", False, None), (None, True, None)],
@@ -381,7 +394,7 @@ def test_a_sweep_that_stops_trials_asks_a_cluster_that_it_joins_for_its_dashboar
     monkeypatch.setattr(cluster, "list_nodes", unanswered)
     refused = r"^sweep: .* no dashboard, .*\(Failed to connect to the API server\): start the cluster with it"
     with pytest.raises(SettingsError, match=refused) if told else contextlib.nullcontext():
-        cluster.connect_for_sweep(of(), 1, stops)
+        cluster.connect_for_sweep(of(), [of()], 1, stops)
     assert asked == ([told] if told else [])
 
 

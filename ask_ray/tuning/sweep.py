@@ -110,7 +110,8 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     swept.check_bounds(settings)
     points = space.points_of(swept, of)
     towers = _check_towers(settings, swept, points)
-    cluster.connect_for_sweep(settings, search.wanted_at_once(of), search.stops(of))
+    tried = [settings, *swept.check_points(settings, points)]
+    cluster.connect_for_sweep(settings, tried, search.wanted_at_once(of), search.stops(of))
     settings = _fitted(settings)
     storage = Folder.at(settings.run.storage)
     storage.check_writable("run.storage")
@@ -118,7 +119,8 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     begun = _check_same(folder, _told(swept, of, settings))
     _check_record(settings)
     corpus = experiment.prepared(settings, console)
-    room = _check_points(swept, settings, points, corpus, search.wanted_at_once(of))
+    _check_points(swept, settings, points, corpus)
+    room = _room(swept, settings, points, search.wanted_at_once(of))
     takes, workers, memories = forecast(settings, corpus, *towers), trainer.workers_of(settings), cluster.memories(settings)
     check_memory(takes, workers, memories)
     at_once = search.at_once(of, points, search.in_memory(takes, workers, memories, room))
@@ -215,8 +217,8 @@ def _check_same(folder: Folder, new: dict[str, Any]) -> int | None:
     return int(old["at_once"])
 
 
-def _check_points(swept: Space, settings: Settings, points: list[Point], corpus: Corpus, wanted: int | None) -> int:
-    """How many trials the cluster holds at once, when all that could be tried has been checked against corpus and cluster.
+def _check_points(swept: Space, settings: Settings, points: list[Point], corpus: Corpus) -> None:
+    """Check all that could be tried against the corpus.
 
     Raises:
         SettingsError: naming the line of a value that can work in no point, else the point.
@@ -224,7 +226,6 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
     if corpus.clips("validation") == 0:
         raise SettingsError("data: the validation split is empty, and a sweep compares trials on it: hold some clips out")
     _check_values(swept, settings, points, corpus)
-    shares = {_share(settings): settings}
     for point, made in zip(points, swept.check_points(settings, points), strict=True):
         try:
             search.check_reported(made)
@@ -233,8 +234,22 @@ def _check_points(swept: Space, settings: Settings, points: list[Point], corpus:
             if not str(error).startswith(swept.keys):  # of what all trials share
                 raise
             raise swept.unfit(point, error) from error
-        shares.setdefault(_share(made), made)
-    return min(cluster.trials_at_once(_fitted(made), wanted) for made in shares.values())
+
+
+def _room(swept: Space, settings: Settings, points: list[Point], wanted: int | None) -> int:
+    """How many trials the CPUs and GPUs of the cluster hold at once, of those that take most.
+
+    Raises:
+        SettingsError: if it holds none, naming the point, but where the settings that all share are too large themselves.
+    """
+    room = {_share(settings): cluster.trials_at_once(settings, wanted)}
+    for point, made in zip(points, swept.check_points(settings, points), strict=True):
+        try:
+            if _share(made) not in room:
+                room[_share(made)] = cluster.trials_at_once(_fitted(made), wanted)
+        except SettingsError as error:
+            raise swept.unfit(point, error) from error
+    return min(room.values())
 
 
 def _check_values(swept: Space, settings: Settings, points: list[Point], corpus: Corpus) -> None:

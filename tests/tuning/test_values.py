@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from ask_ray.config import Settings, SettingsError, SweepSettings, load, with_values
@@ -77,4 +78,23 @@ def test_a_value_that_works_in_no_point_is_refused_with_its_line(tmp_path, corpu
 def test_what_fails_in_one_point_names_the_point_and_what_fails_in_all_the_setting(tmp_path, corpus, base, told):
     made = read(tmp_path, {CAPTIONS: {"grid": [1, 5]}, NC: {"grid": [8, 400]}})
     with pytest.raises(SettingsError, match=told):
-        sweep._check_points(made, with_values(settings_of(exclude="none"), base), made.grid(), corpus, None)
+        sweep._check_points(made, with_values(settings_of(exclude="none"), base), made.grid(), corpus)
+
+
+def nodes_of(monkeypatch: pytest.MonkeyPatch, cpus: float) -> None:
+    """A cluster of one node."""
+    resources = {"CPU": cpus}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+
+
+def test_trials_at_once_are_those_of_the_point_that_takes_most_and_one_that_never_fits_is_named(tmp_path, monkeypatch):
+    nodes_of(monkeypatch, 4.2)
+    shared = settings_of(enabled=False)
+    assert sweep._room(read(tmp_path, {"training.cpus_per_worker": {"grid": [0.5, 2.0]}}), shared, [], 8) == 7
+    made = read(tmp_path, {"training.cpus_per_worker": {"grid": [0.5, 2.0]}})
+    assert sweep._room(made, shared, made.grid(), 8) == 2
+    for never in (4.2, 5.0):  # no room for the trial itself, and none for its worker
+        made = read(tmp_path, {"training.cpus_per_worker": {"grid": [0.5, never]}})
+        with pytest.raises(SettingsError, match=rf"^\S+space\.yaml: .* cannot run: training\.cpus_per_worker {never:g}: "):
+            sweep._room(made, shared, made.grid(), 8)
