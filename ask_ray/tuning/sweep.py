@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,8 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     _check_own(settings)
     swept.check_bounds(settings)
     points = space.points_of(swept, of)
-    towers = _check_towers(settings, swept, points)
     tried = [settings, *swept.check_points(settings, points)]
+    towers = _check_towers(tried)
     cluster.connect_for_sweep(settings, tried, search.wanted_at_once(of), search.stops(of))
     settings = _fitted(settings)
     storage = Folder.at(settings.run.storage)
@@ -121,9 +121,8 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     corpus = experiment.prepared(settings, console)
     _check_points(swept, settings, points, corpus)
     room = _room(swept, settings, points, search.wanted_at_once(of))
-    takes, workers, memories = forecast(settings, corpus, *towers), trainer.workers_of(settings), cluster.memories(settings)
-    check_memory(takes, workers, memories)
-    at_once = search.at_once(of, points, search.in_memory(takes, workers, memories, room))
+    takes = _takes(settings, corpus, towers)
+    at_once = search.at_once(of, points, _held(swept, settings, points, lambda made: _takes(made, corpus, towers), room))
     if begun is not None and at_once < begun:
         raise SettingsError(
             f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {at_once}: continue it where "
@@ -153,13 +152,20 @@ def _check_own(settings: Settings) -> None:
             raise SettingsError(f"run.{setting}: a sweep gives it to its trials itself; {instead}")
 
 
-def _check_towers(settings: Settings, swept: Space, points: list[Point]) -> Towers:
-    """Refuse towers that cannot be built, of all points; the shared ones are returned."""
-    shared = trainer.check_towers(settings)
-    models = {made.model.model_dump_json(): made for made in swept.check_points(settings, points) if made.model != settings.model}
-    for made in models.values():
-        trainer.check_towers(made)
-    return shared
+def _check_towers(tried: Iterable[Settings]) -> dict[str, Towers]:
+    """The towers of all settings that could be tried, by what tells them apart; refused if they cannot be built."""
+    return {told: trainer.check_towers(made) for told, made in {_towers(made): made for made in tried}.items()}
+
+
+def _towers(settings: Settings) -> str:
+    """What tells towers apart: the model, and where tokens meet how many a clip has."""
+    longest = settings.data.max_seconds if settings.model.interaction == "late" else None
+    return f"{settings.model!r} {longest}"
+
+
+def _takes(settings: Settings, corpus: Corpus, towers: dict[str, Towers]) -> Forecast:
+    """What a run takes with its own towers."""
+    return forecast(settings, corpus, *towers[_towers(settings)])
 
 
 def _fitted(settings: Settings) -> Settings:
@@ -250,6 +256,25 @@ def _room(swept: Space, settings: Settings, points: list[Point], wanted: int | N
         except SettingsError as error:
             raise swept.unfit(point, error) from error
     return min(room.values())
+
+
+def _held(swept: Space, settings: Settings, points: list[Point], takes: Callable[[Settings], Forecast], room: int) -> int:
+    """How many trials, `room` at most, the memory of the nodes holds at once, of those that take most.
+
+    Raises:
+        SettingsError: if it holds none, naming the point, but where it takes what the settings that all share do.
+    """
+    shared, held = takes(settings), [room]
+    for point, made in zip(points, swept.check_points(settings, points), strict=True):
+        its, workers, memories = takes(made), trainer.workers_of(made), cluster.memories(made)
+        try:
+            check_memory(its, workers, memories)
+        except SettingsError as error:
+            if its == shared:
+                raise
+            raise swept.unfit(point, error) from error
+        held.append(search.in_memory(its, workers, memories, room))
+    return min(held)
 
 
 def _check_values(swept: Space, settings: Settings, points: list[Point], corpus: Corpus) -> None:

@@ -25,7 +25,9 @@ def settings_of(**ask: Any) -> Settings:
 def corpus(tmp_path: Path) -> Corpus:
     """100 clips of five captions, of which there is no more than what the manifest tells."""
     files = [{"name": "clips", "clips": 100}]
-    told = {"format": FORMAT, "splits": {split: {"clips": 100, "most_captions": 5, "files": files} for split in SPLITS}}
+    of_each = {"clips": 100, "most_captions": 5, "files": files, "samples": 100}
+    form = {"modality": "audio", "sample_rate": 16000, "settings": {"keep_seconds": 10}}
+    told = {"format": FORMAT, **form, "splits": dict.fromkeys(SPLITS, of_each)}
     (Folder.at(str(tmp_path)) / "corpus").write_json("manifest.json", told)
     return Corpus.open(str(tmp_path / "corpus"))
 
@@ -81,9 +83,9 @@ def test_what_fails_in_one_point_names_the_point_and_what_fails_in_all_the_setti
         sweep._check_points(made, with_values(settings_of(exclude="none"), base), made.grid(), corpus)
 
 
-def nodes_of(monkeypatch: pytest.MonkeyPatch, cpus: float) -> None:
+def nodes_of(monkeypatch: pytest.MonkeyPatch, cpus: float, memory: float = 0) -> None:
     """A cluster of one node."""
-    resources = {"CPU": cpus}
+    resources = {"CPU": cpus, "memory": memory}
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
 
@@ -98,3 +100,32 @@ def test_trials_at_once_are_those_of_the_point_that_takes_most_and_one_that_neve
         made = read(tmp_path, {"training.cpus_per_worker": {"grid": [0.5, never]}})
         with pytest.raises(SettingsError, match=rf"^\S+space\.yaml: .* cannot run: training\.cpus_per_worker {never:g}: "):
             sweep._room(made, shared, made.grid(), 8)
+
+
+def held(made: space.Space, base: Settings, corpus: Corpus, room: int = 8) -> int:
+    towers = sweep._check_towers([base, *made.check_points(base, made.grid())])
+    return sweep._held(made, base, made.grid(), lambda one: sweep._takes(one, corpus, towers), room)
+
+
+def test_memory_bounds_trials_by_the_towers_of_the_point_that_takes_most(tmp_path, corpus, monkeypatch):
+    base = with_values(settings_of(enabled=False), {"model.width": 0.25})
+    made = read(tmp_path, {"model.width": {"grid": [0.25, 2.0]}})
+    small, large = (
+        sweep._takes(one, corpus, sweep._check_towers([one])).worker_bytes for one in made.check_points(base, made.grid())
+    )
+    assert large > 2 * small
+    nodes_of(monkeypatch, 64, 2.5 * large)
+    assert held(made, base, corpus) == 2
+    assert held(read(tmp_path, {"model.width": {"grid": [0.25]}}), base, corpus) >= 5
+    nodes_of(monkeypatch, 64, (small + large) / 2)
+    with pytest.raises(SettingsError, match=r"^\S+space\.yaml: .* cannot run: model\.width 2: .* keeps .* GiB"):
+        held(made, base, corpus)
+    nodes_of(monkeypatch, 64, small / 2)
+    with pytest.raises(SettingsError, match=r"^training\.workers: "):  # all that could be tried takes as much
+        held(read(tmp_path, {"ask.rho": {"grid": [0.2, 0.8]}}), base, corpus)
+
+
+def test_towers_of_other_lengths_of_clips_are_apart_where_tokens_meet():
+    for interaction, count in (("cosine", 1), ("late", 2)):
+        base = with_values(settings_of(), {"model.interaction": interaction, "model.width": 0.1})
+        assert len(sweep._check_towers([with_values(base, {"data.max_seconds": seconds}) for seconds in (1.0, 2.0)])) == count
