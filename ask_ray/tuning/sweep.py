@@ -121,14 +121,26 @@ def _checked(settings: Settings, of: SweepSettings, swept: Space, console: Conso
     corpus = experiment.prepared(settings, console)
     _check_points(swept, settings, points, corpus)
     room = _room(swept, settings, points, search.wanted_at_once(of))
-    takes = _takes(settings, corpus, towers)
-    at_once = search.at_once(of, points, _held(swept, settings, points, lambda made: _takes(made, corpus, towers), room))
-    if begun is not None and at_once < begun:
+    held = _held(swept, settings, points, lambda made: _takes(made, corpus, towers), room)
+    if begun is None:
+        at_once = search.at_once(of, points, min(room, held))
+    else:
+        at_once = _as_begun(folder, begun, search.at_once(of, points, room))
+    return Checked(swept, points, settings, folder, begun is not None, at_once, _takes(settings, corpus, towers))
+
+
+def _as_begun(folder: Folder, begun: int, room: int) -> int:
+    """How many trials run at once in a sweep that goes on: as many as when it began, whatever memory is free at this moment.
+
+    Raises:
+        SettingsError: if CPUs and GPUs hold fewer.
+    """
+    if room < begun:
         raise SettingsError(
-            f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {at_once}: continue it where "
-            "there is as much room, or choose another sweep.name"
+            f"sweep.name: {folder} was begun with {begun} trials at once, and here is room for {room} by CPUs and GPUs: continue "
+            "it where there is as much room, or choose another sweep.name"
         )
-    return Checked(swept, points, settings, folder, begun is not None, begun or at_once, takes)
+    return begun
 
 
 def _begin(checked: Checked, of: SweepSettings, console: Console) -> None:

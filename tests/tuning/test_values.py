@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from rich.console import Console
 
+from ask_ray import cluster, experiment
 from ask_ray.config import Settings, SettingsError, SweepSettings, load, with_values
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import FORMAT, SPLITS
@@ -123,6 +125,27 @@ def test_memory_bounds_trials_by_the_towers_of_the_point_that_takes_most(tmp_pat
     nodes_of(monkeypatch, 64, small / 2)
     with pytest.raises(SettingsError, match=r"^training\.workers: "):  # all that could be tried takes as much
         held(read(tmp_path, {"ask.rho": {"grid": [0.2, 0.8]}}), base, corpus)
+
+
+def test_a_sweep_goes_on_as_it_was_begun_whatever_memory_is_free_by_now(tmp_path, corpus, monkeypatch):
+    base = settings_of(enabled=False)
+    home, swept = str(tmp_path / "runs"), read(tmp_path, {"model.width": {"grid": [0.25, 0.5, 0.75]}})
+    base, of = with_values(base, {"run.storage": home}), SweepSettings(algorithm="grid", name="sweep", concurrent=3)
+    monkeypatch.setattr(cluster, "connect_for_sweep", lambda *asked: None)
+    monkeypatch.setattr(experiment, "prepared", lambda *asked: corpus)
+
+    def checked(cpus: float, gib: float) -> sweep.Checked:
+        nodes_of(monkeypatch, cpus, gib * 2**30)
+        return sweep._checked(base, of, swept, Console(quiet=True))
+
+    begun = checked(8, 64)
+    assert (begun.at_once, begun.continued) == (3, False)
+    tight = 1.5 * begun.takes.worker_bytes / 2**30
+    assert checked(8, tight).at_once < 3
+    sweep._begin(begun, of, Console(quiet=True))
+    assert (checked(8, tight).at_once, checked(8, 64).continued) == (3, True)
+    with pytest.raises(SettingsError, match=r"begun with 3 trials at once, and here is room for 1 by CPUs and GPUs"):
+        checked(1, 64)
 
 
 def test_towers_of_other_lengths_of_clips_are_apart_where_tokens_meet():
