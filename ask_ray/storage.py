@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,19 +40,20 @@ Tell = Callable[[StorageError], None]
 
 
 def patiently(act: Callable[[], Made], tell: Tell, stopped: threading.Event | None = None) -> Made:
-    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE`, or until `stopped` is set; `tell` hears of
-    every failure.
+    """What `act` returns. Storage that is away is tried again for :data:`PATIENCE` from its first failure on, or until `stopped`
+    is set; `tell` hears of every failure.
 
     Raises:
         StorageError: the last one.
     """
-    end, pause = time.monotonic() + PATIENCE, 0.5
+    end, pause = math.inf, 0.5
     stopped = stopped or threading.Event()
     while True:
         try:
             return act()
         except StorageError as error:
             tell(error)
+            end = min(end, time.monotonic() + PATIENCE)
             if time.monotonic() + pause > end or stopped.wait(pause):
                 raise
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import resource
@@ -14,8 +15,9 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
+from ask_ray import storage
 from ask_ray.config import UserError
-from ask_ray.storage import Folder, StorageError, digest_bytes, digest_file
+from ask_ray.storage import Folder, StorageError, digest_bytes, digest_file, patiently
 
 
 def walk_files(root: Path) -> list[Path]:
@@ -211,6 +213,53 @@ def test_a_file_and_its_bytes_have_one_digest(size, tmp_path):
 def test_a_digest_sees_every_byte():
     assert len({digest_bytes(b"abc"), digest_bytes(b"abd"), digest_bytes(b"abc\0")}) == 3
     assert digest_bytes(b"") == "cae66941d9efbd404e4d88758ea67670"
+
+
+# --- storage that is away ---
+
+
+class Away:
+    """Storage that fails its first tries, each after `seconds` of a clock on which nothing else takes time but pauses."""
+
+    def __init__(self, seconds: float, failures: float) -> None:
+        self.now, self.tries, self.heard = 0.0, 0, 0
+        self._seconds, self._failures = seconds, failures
+
+    def act(self) -> str:
+        self.tries += 1
+        self.now += self._seconds
+        if self.tries <= self._failures:
+            raise StorageError("away")
+        return "there"
+
+    def tell(self, error: StorageError) -> None:
+        self.heard += 1
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, pause: float) -> bool:
+        self.now += pause
+        return False
+
+
+def wait_for(away: Away, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(storage, "time", away)
+    return patiently(away.act, away.tell, away)
+
+
+def test_a_first_try_that_takes_longer_than_the_patience_is_tried_again(monkeypatch):
+    away = Away(2 * storage.PATIENCE, failures=1)
+    assert wait_for(away, monkeypatch) == "there"
+    assert (away.tries, away.heard) == (2, 1)
+
+
+def test_storage_is_tried_for_the_patience_from_its_first_failure_on(monkeypatch):
+    away = Away(1, failures=math.inf)
+    with pytest.raises(StorageError, match="away"):
+        wait_for(away, monkeypatch)
+    assert away.tries == away.heard > 10
+    assert storage.PATIENCE - storage.LONGEST_PAUSE - 1 <= away.now - 1 <= storage.PATIENCE + 1
 
 
 # --- object storage ---
