@@ -1,4 +1,5 @@
-"""Folders of a process in the system's temporary folder: another process removes them when that one is gone, however it went."""
+"""Folders of a process in the system's temporary folder: another process of the same node removes them when that one is gone,
+however it went. Several nodes may have one temporary folder."""
 
 from __future__ import annotations
 
@@ -6,20 +7,19 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
 
 def make(kind: str) -> tuple[Path, int]:
     """A new folder of a kind, and the descriptor that holds it until it is closed or its process ends. What dead processes left
-    of the kind is removed."""
+    of the kind is removed. On a filesystem without locks nothing is held, and nobody removes anything."""
     with _root(kind) as root:
         _remove_left(root)
         made = Path(tempfile.mkdtemp(dir=root))
-        return made, lock(made)
+        return made, _held_if_possible(made, fcntl.LOCK_SH)
 
 
 def tidy(kind: str) -> None:
@@ -30,11 +30,16 @@ def tidy(kind: str) -> None:
 
 @contextlib.contextmanager
 def _root(kind: str) -> Iterator[Path]:
-    """The folder of all processes' of this user, to make one in it or to remove some as long as the `with` lasts."""
-    root = Path(tempfile.gettempdir()) / f"ask_ray-{kind}-{os.getuid()}"
+    """The folder of all this user's processes on this node, to make one in it or to remove some as long as the `with` lasts."""
+    root = Path(tempfile.gettempdir()) / f"ask_ray-{kind}-{os.getuid()}-{socket.gethostname()}"
     root.mkdir(mode=0o700, exist_ok=True)
-    with FileLock(root / "lock"):
+    alone = _held_if_possible(root, fcntl.LOCK_EX)
+    try:
         yield root
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(alone, fcntl.LOCK_UN)  # a process that was forked meanwhile has the descriptor too
+        os.close(alone)
 
 
 def _remove_left(root: Path) -> None:
@@ -42,6 +47,14 @@ def _remove_left(root: Path) -> None:
         with contextlib.suppress(OSError):  # removed by its process just now, or on a filesystem without such locks
             if left.is_dir() and not in_use(left):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _held_if_possible(path: Path, how: int) -> int:
+    """A descriptor of a folder, locked where its filesystem can."""
+    lease = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(lease, how)
+    return lease
 
 
 def lock(path: Path) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -344,6 +345,10 @@ def test_a_checkpoint_that_is_removed_meanwhile_pins_nothing(tmp_path, monkeypat
     assert checkpoint.pinned_versions(run) == [2]
 
 
+#: The folder of the checkpoints on their way, in the temporary one.
+STAGED = f"ask_ray-checkpoints-{os.getuid()}-{socket.gethostname()}"
+
+
 def stage() -> tuple[int, Path]:
     """Another process with a checkpoint on its way: its id, and where the checkpoint is."""
     there, told = os.pipe()
@@ -382,7 +387,7 @@ def test_a_checkpoint_on_its_way_is_removed_when_its_process_is_gone_and_not_bef
     checkpoint.tidy()
     assert not made.parent.exists()
     assert mine.exists()
-    assert [path.name for path in temporary.iterdir()] == [f"ask_ray-checkpoints-{os.getuid()}"]
+    assert [path.name for path in temporary.iterdir()] == [STAGED]
 
 
 def test_a_run_that_is_forgotten_leaves_no_checkpoint_that_was_on_its_way(temporary):
@@ -401,5 +406,5 @@ def test_a_temporary_folder_that_was_cleared_is_made_anew(temporary):
 
 
 def test_a_temporary_folder_that_cannot_be_tidied_stops_nothing(temporary):
-    (temporary / f"ask_ray-checkpoints-{os.getuid()}").write_text("no folder")
+    (temporary / STAGED).write_text("no folder")
     checkpoint.tidy()
