@@ -79,10 +79,18 @@ def save(index: faiss.Index, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
-def open_mapped(path: Path, device: int | None = None) -> faiss.Index:
-    """Open an index from a local file, memory-mapped; on GPU `device` if one is given and FAISS sees it."""
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
-    if device is not None and faiss.get_num_gpus() > device:
+def open_mapped(path: Path) -> faiss.Index:
+    """Open an index from a local file, memory-mapped."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+
+
+def on_gpu(index: faiss.Index, device: int) -> faiss.Index:
+    """An index from :func:`open_mapped` on GPU `device` if FAISS sees it, else as it is.
+
+    Raises:
+        RuntimeError: FAISS's, where the GPU has no room for it.
+    """
+    if faiss.get_num_gpus() > device:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, index)
     return index
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import faiss
 import numpy as np
 import ray
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ask_ray.config import AskSettings
 from ask_ray.journal import Journal
+from ask_ray.knowledge import index as indexes
 from ask_ray.knowledge.cache import Cache
-from ask_ray.knowledge.index import retrieve
 from ask_ray.knowledge.overlay import Overlay
 from ask_ray.knowledge.requests import AWAY
 from ask_ray.knowledge.snapshot import TRAIN, Embeddings, Entries, Snapshot, SnapshotError, open_snapshot
@@ -58,10 +59,11 @@ class Knowledge:
         self.version = snapshot.version
         self.encoder_step = int(snapshot.manifest["encoder_step"])
         self.entries: Entries = snapshot.entries
-        self._snapshot = snapshot
+        self._copy = snapshot.copy  # stays on this node for as long as this does
         self._device = device
         self.overlay = overlay
         if overlay is None:
+            self._indexes = _on(device, snapshot.audio_index), _on(device, snapshot.text_index)
             self._audio, self._text, self._prototypes_audio, self._prototypes_text = (
                 torch.from_numpy(array).to(device)
                 for array in (snapshot.audio, snapshot.text, snapshot.prototypes_audio, snapshot.prototypes_text)
@@ -107,10 +109,10 @@ class Knowledge:
         return made
 
     def _fine(self, audio: Tensor, text: Tensor, excluded: np.ndarray, k: int) -> Reading:
-        held = self.overlay or self._snapshot
+        held = self._indexes if self.overlay is None else (self.overlay.audio_index, self.overlay.text_index)
         found = [
-            retrieve(index, query.cpu().numpy(), k, self.entries.numbers, excluded, self.entries.most_per_clip).entry
-            for index, query in ((held.audio_index, audio), (held.text_index, text))
+            indexes.retrieve(index, query.cpu().numpy(), k, self.entries.numbers, excluded, self.entries.most_per_clip).entry
+            for index, query in zip(held, (audio, text), strict=True)
         ]
         unique, inverse = np.unique(np.stack(found), return_inverse=True)
         table = torch.from_numpy(np.maximum(unique, 0)).to(self._device)
@@ -140,6 +142,11 @@ def _excluded(ids: Tensor, all_ids: Tensor, ask: AskSettings) -> np.ndarray:
         return own
     every = np.unique(all_ids.cpu().numpy())
     return np.broadcast_to(every, (len(own), len(every)))
+
+
+def _on(device: torch.device, index: faiss.Index) -> faiss.Index:
+    """An opened index where a device's queries are best answered."""
+    return indexes.on_gpu(index, device.index or 0) if device.type == "cuda" else index
 
 
 def overlay_of(opened: Snapshot) -> Overlay:
@@ -244,11 +251,14 @@ class Replica:
             self._journal.tell("refused", version=version, rank=self._rank, problem=problem)
 
     def _open(self, version: int) -> Knowledge:
+        opened, overlay = self._read(version)
+        return Knowledge(opened, self._device, overlay)  # what goes wrong here, such as a full GPU, is no fault of the version's
+
+    def _read(self, version: int) -> tuple[Snapshot, Overlay | None]:
         """Raises SnapshotError if something is wrong with the version, StorageError if its storage or the disk of copies is."""
-        gpu = (self._device.index or 0) if self._device.type == "cuda" else None
         try:
-            opened = open_snapshot(self._home, version, self._run, self._dim, gpu, self._corrected, self._cache)
-            return Knowledge(opened, self._device, overlay_of(opened) if self._corrected else None)
+            opened = open_snapshot(self._home, version, self._run, self._dim, self._corrected, self._cache)
+            return opened, overlay_of(opened) if self._corrected else None
         except SnapshotError:
             raise
         except OSError as error:

@@ -274,7 +274,6 @@ def open_snapshot(
     version: int,
     run: str,
     dim: int,
-    device: int | None = None,
     mutable: bool = False,
     cache: Cache = Cache(),  # noqa: B008 (frozen)
 ) -> Snapshot:
@@ -283,7 +282,6 @@ def open_snapshot(
     Args:
         run: the run it must belong to.
         dim: the width its embeddings must have.
-        device: GPU to search on; None searches on the CPU.
         mutable: read the indexes into memory, on the CPU, so that they can be corrected.
         cache: this node's copies of remote versions.
 
@@ -310,7 +308,7 @@ def open_snapshot(
         if arrays[name].shape != (count, dim):
             raise SnapshotError(f"{folder / f'{name}.npy'}: holds {arrays[name].shape}, the manifest says {(count, dim)}")
     files = [local / f"{name}.index" for name in INDEXES]
-    audio_index, text_index = (indexes.open_mutable(file) if mutable else indexes.open_mapped(file, device) for file in files)
+    audio_index, text_index = (indexes.open_mutable(file) if mutable else indexes.open_mapped(file) for file in files)
     return Snapshot(
         version=version,
         manifest=manifest,

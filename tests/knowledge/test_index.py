@@ -134,7 +134,7 @@ def test_an_index_from_a_file_answers_the_same(tmp_path: Path, large, exact_belo
 def test_asking_for_a_gpu_that_is_not_there_searches_on_the_cpu(tmp_path: Path):
     rows = random_rows(20)
     index.save(exact(rows), tmp_path / "rows.index")
-    opened = index.open_mapped(tmp_path / "rows.index", device=99)
+    opened = index.on_gpu(index.open_mapped(tmp_path / "rows.index"), 99)
     assert (opened.search(rows, 1)[1][:, 0] == np.arange(20)).all()
 
 

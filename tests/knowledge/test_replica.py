@@ -5,7 +5,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import ray
@@ -183,6 +185,44 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+class Told:
+    """A journal that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        self.events.append({"kind": kind, **fields})
+
+
+def fail_by(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: unspecified")])
+def test_a_version_that_a_gpu_has_no_room_for_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    home = Folder.at(str(tmp_path))
+    put(home, 1)
+    monkeypatch.setattr("ask_ray.knowledge.replica.Knowledge", fail_by(error))
+    with pytest.raises(type(error), match="CUDA") as raised:
+        Replica(None, home, RUN, DIM, CPU, Told(), 0).open(1, lambda _: None)
+    assert raised.value is error
+
+
+def test_an_index_that_a_gpu_has_no_room_for_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    home, full = Folder.at(str(tmp_path)), RuntimeError("alloc fail")
+    put(home, 1)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", fail_by(full), raising=False)
+    with pytest.raises(RuntimeError) as raised:
+        Replica(None, home, RUN, DIM, torch.device("cuda"), Told(), 0).open(1, lambda _: None)
+    assert raised.value is full
 
 
 class Line:
