@@ -182,7 +182,7 @@ class Replica:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._seen = 0
-        self._problem: StorageError | None = None
+        self._problem: Exception | None = None
         self.current: Knowledge | None = None
 
     def open(self, version: int, away: Tell) -> None:
@@ -214,8 +214,8 @@ class Replica:
         """The newest version loaded, which may be the one in use.
 
         Raises:
-            StorageError: if a version could not be read for longer than storage is waited for: training on without new ones, on
-                all ranks, would pass unnoticed.
+            Exception: what ended the background thread, such as a StorageError if a version could not be read for longer than
+                storage is waited for: training on without new ones, on all ranks, would pass unnoticed.
         """
         if self._problem is not None:
             raise self._problem
@@ -269,25 +269,34 @@ class Replica:
             raise SnapshotError(f"{self._home}, v{version}: cannot be opened ({error})") from error
 
     def _watch(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                version: Any = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
-            except AWAY:
-                time.sleep(0.5)
-                continue
-            if version is not None and not self._stopped.is_set():
-                self._load(version)
+        try:
+            while not self._stopped.is_set():
+                self._load_next()
+        except Exception as error:  # nobody hears what a thread raises
+            self._problem = None if self._stopped.is_set() else error
+
+    def _load_next(self) -> None:
+        """Wait a while for the next version, and load it."""
+        try:
+            version: Any = ray.get(self._refiner.next_after.remote(self._seen, 5.0), timeout=30)
+        except AWAY:
+            time.sleep(0.5)
+            return
+        if version is not None and not self._stopped.is_set():
+            self._load(version)
 
     def _load(self, version: int) -> None:
-        """Open a version. Storage that is away is tried again for a while; a damaged snapshot is refused, and made again."""
+        """Open a version. Storage that is away is tried again for a while; a damaged snapshot is refused, and made again.
+
+        Raises:
+            StorageError: if it stays away.
+        """
         started = time.time()
         try:
             known = patiently(lambda: self._open(version), lambda error: self._unreadable(version, error), self._stopped)
         except SnapshotError as error:
             self._journal.tell("refused", version=version, rank=self._rank, problem=str(error))
             self._refiner.refused.remote(version)
-        except StorageError as error:
-            self._problem = None if self._stopped.is_set() else error
         else:
             with self._lock:
                 self._loaded[version] = known

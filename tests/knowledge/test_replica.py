@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -223,6 +224,41 @@ def test_an_index_that_a_gpu_has_no_room_for_is_not_taken_for_damaged(tmp_path, 
     with pytest.raises(RuntimeError) as raised:
         Replica(None, home, RUN, DIM, torch.device("cuda"), Told(), 0).open(1, lambda _: None)
     assert raised.value is full
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told) -> Iterator[Replica]:
+    """A replica that is offered v1, whole, by a refiner without Ray as soon as it watches."""
+
+    def next_after(seen: int, seconds: float) -> int | None:
+        time.sleep(0.01)
+        return None if seen else 1
+
+    monkeypatch.setattr("ask_ray.knowledge.replica.ray", SimpleNamespace(get=lambda answer, timeout: answer))
+    refiner = SimpleNamespace(next_after=SimpleNamespace(remote=next_after))
+    home = Folder.at(str(tmp_path))
+    put(home, 1)
+    made = Replica(refiner, home, RUN, DIM, CPU, told, 0)
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), KeyError("unknown"), torch.OutOfMemoryError("CUDA out of memory"), StorageError("away")]
+)
+def test_whatever_ends_the_loading_thread_is_an_error_of_the_worker(offered, monkeypatch, error):
+    monkeypatch.setattr("ask_ray.knowledge.replica.Knowledge", fail_by(error))
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    offered.watch(0)
+    offered.wait_until_seen(1, seconds=20)
+    with pytest.raises(type(error)) as raised:
+        _ = offered.newest
+    assert raised.value is error
 
 
 class Line:
