@@ -242,11 +242,12 @@ class Replica:
             self._loaded = {number: known for number, known in self._loaded.items() if number > version}
 
     def wait_until_seen(self, version: int, seconds: float = 600.0) -> None:
-        """Wait until the background thread has loaded or refused `version`; one that takes longer is told as refused."""
+        """Wait until the background thread has loaded or refused `version`; one that takes longer is told as refused. What ended
+        the thread is for :attr:`newest` to tell."""
         end = time.monotonic() + seconds
         while not self.seen(version) and self._problem is None and time.monotonic() < end:
             time.sleep(0.005)
-        if not self.seen(version):
+        if not self.seen(version) and self._problem is None:
             problem = f"not loaded in {seconds:g} s: v{self.version} stays in use"
             self._journal.tell("refused", version=version, rank=self._rank, problem=problem)
 

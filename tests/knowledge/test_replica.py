@@ -261,6 +261,13 @@ def test_whatever_ends_the_loading_thread_is_an_error_of_the_worker(offered, mon
     assert raised.value is error
 
 
+def test_a_version_is_not_told_as_refused_where_the_loading_thread_has_ended(offered, told, monkeypatch):
+    monkeypatch.setattr("ask_ray.knowledge.replica.Knowledge", fail_by(MemoryError("no memory")))
+    offered.watch(0)
+    offered.wait_until_seen(1, seconds=20)
+    assert told.events == []
+
+
 class Line:
     """A refiner whose line of versions a test sets by hand, its journal and its replicas."""
 
