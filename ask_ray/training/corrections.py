@@ -75,7 +75,11 @@ class Corrections:
         return {"began": torch.tensor(self._began), **held}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up the window that :meth:`state` told of."""
+        """Take up the window that :meth:`state` told of. One of which something is missing, as an earlier state of the code told
+        it, is given up for the new one that :meth:`begin` started."""
+        held = state.keys() & set(SIDES)
+        if held and len(held) < len(SIDES):
+            return
         self.begin(int(state["began"]))
-        if SIDES[0] in state:
+        if held:
             self._window = [tuple(state[name] for name in SIDES)]

@@ -108,6 +108,20 @@ def test_an_open_window_survives_a_checkpoint(overlay):
         np.testing.assert_array_equal(value, resumed.state()[name], err_msg=name)
 
 
+@pytest.mark.parametrize("missing", ["since", "fresh_text"])
+def test_a_window_of_which_a_checkpoint_holds_less_is_given_up_for_a_new_one(overlay, missing):
+    first, second, fresh = (made(True, True) for _ in range(3))
+    run(first, overlay, 1, 5)
+    for corrections in (second, fresh):
+        corrections.begin(5)
+    second.restore({name: value for name, value in first.state().items() if name != missing})
+    resumed, begun = Overlay.of(overlay.state()), Overlay.of(overlay.state())
+    run(second, resumed, 5, 20)
+    run(fresh, begun, 5, 20)
+    for name, value in begun.state().items():
+        np.testing.assert_array_equal(value, resumed.state()[name], err_msg=name)
+
+
 def test_a_window_without_pairs_maps_nothing(overlay):
     corrections, before = made(False, True), overlay.state()
     nothing = Pairs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, DIM), torch.zeros(0, DIM))
