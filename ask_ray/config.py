@@ -587,7 +587,7 @@ class Settings(Section):
                 "and drift_map off"
             )
         cache = self.knowledge.cache
-        if cache is not None and not Path(cache).expanduser().is_absolute():
+        if cache is not None and not cache.startswith(("/", "~")):
             raise ValueError(f"knowledge.cache is {cache}, but means a folder on every node: give an absolute path")
         if self.knowledge.pool.min_actors > self.knowledge.pool.max_actors:
             raise ValueError("knowledge.pool.min_actors is above knowledge.pool.max_actors")

@@ -59,6 +59,46 @@ def patiently(act: Callable[[], Made], tell: Tell, stopped: threading.Event | No
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def expanded(given: str | Path) -> Path:
+    """A path on this machine, with the home that `~` or `~name` stands for.
+
+    Raises:
+        StorageError: if nobody of that name has one.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"{given} is no path on this machine ({error}); give another") from error
+
+
+def local_path(given: str | Path) -> Path:
+    """:func:`expanded`, absolute and without links, so that it means the same everywhere.
+
+    Raises:
+        StorageError: if it is none, or its links lead round in a circle.
+    """
+    try:
+        return expanded(given).resolve()
+    except RuntimeError as error:
+        raise StorageError(f"{given} is no path on this machine ({error}); give another") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there and can be looked at: ``Path.is_dir`` raises for one that cannot."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there and can be looked at: ``Path.is_file`` raises for one that cannot."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def masked(text: str) -> str:
     """A text whose URIs show no credentials."""
     return re.sub(r"://[^@?\s]*:[^@?\s]*@", "://***@", text)
@@ -84,7 +124,7 @@ class Folder:
             scheme, _, path = place.partition("://")
             path, mark, query = path.partition("?")
             return cls(f"{scheme}://{path.rstrip('/')}{mark}{query}")
-        return cls(str(Path(place).expanduser().resolve()))
+        return cls(str(local_path(place)))
 
     @property
     def _parts(self) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from ask_ray.config import SettingsError
 from ask_ray.data import card
 from ask_ray.modality import THINGS, Modality, headings
+from ask_ray.storage import expanded
 
 ENDINGS = (".json", ".md", ".csv")
 SHARES = {"r1": "R@1 %", "r5": "R@5 %", "r10": "R@10 %", "map10": "mAP@10 %"}
@@ -81,7 +82,7 @@ def places(files: Sequence[str]) -> list[Path]:
     Raises:
         SettingsError: if one has another ending, or cannot be written.
     """
-    found = [Path(file).expanduser() for file in files]
+    found = [expanded(file) for file in files]
     for path in found:
         if path.suffix.lower() not in ENDINGS:
             raise SettingsError(f"--write: {path} must end with one of {', '.join(ENDINGS)}, which says what to write")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ask_ray import storage
 from ask_ray.config import UserError
-from ask_ray.storage import Folder, StorageError, digest_bytes, digest_file, patiently
+from ask_ray.storage import Folder, StorageError, digest_bytes, digest_file, is_file, is_folder, patiently
 
 
 def walk_files(root: Path) -> list[Path]:
@@ -88,6 +88,17 @@ def test_a_relative_path_means_the_same_after_changing_folder(tmp_path, monkeypa
 def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Folder.at("~/runs").uri == str(tmp_path.resolve() / "runs")
+
+
+def test_a_path_that_is_none_is_refused_and_what_cannot_be_looked_at_is_not_there(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("~nobody-of-this-name/x", str(tmp_path / "loop")):
+        with pytest.raises(StorageError, match=rf"^{place} is no path on this machine .*; give another$"):
+            Folder.at(place)
+    for name in ("loop", "x" * 300, "gone"):
+        assert not is_file(tmp_path / name)
+        assert not is_folder(tmp_path / name)
+    assert is_folder(tmp_path)
 
 
 def test_a_file_uri_is_the_local_folder(tmp_path):

@@ -37,7 +37,7 @@ from ask_ray.data.schema import (
 )
 from ask_ray.data.soundscapes import EventBank, RecordedBank, SynthesisedBank, compose
 from ask_ray.modality import Modality
-from ask_ray.storage import digest_bytes
+from ask_ray.storage import digest_bytes, local_path
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class SoundscapeSource:
 
     def origin(self) -> dict[str, Any]:
         bank = self.data.soundscapes.bank
-        return {"layout": "procedural soundscapes", "folder": bank and str(Path(bank).expanduser().resolve()), "lists": {}}
+        return {"layout": "procedural soundscapes", "folder": bank and str(local_path(bank)), "lists": {}}
 
     def _bank(self, split: str) -> EventBank:
         return SynthesisedBank() if self.data.soundscapes.bank is None else self._recorded().banks[split]

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from ask_ray.config import ParquetSettings, SettingsError
 from ask_ray.data import files as reading
 from ask_ray.data import lists
-from ask_ray.data.folders import Tree
+from ask_ray.data.folders import Tree, below
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, merged, texts
-from ask_ray.data.schema import SPLITS, UnusableClip, told
+from ask_ray.data.schema import SPLITS, UnusableClip
+from ask_ray.storage import is_file, local_path
 
 SETTING = "data.parquet.path"
 
@@ -42,13 +43,14 @@ def parquet(settings: ParquetSettings) -> Listing:
     Raises:
         SettingsError: if there are no such files, one is damaged, or lacks the columns, naming those it has.
     """
-    given = Path(settings.path or "").expanduser().resolve()
-    tree = Tree(str(given.parent if given.is_file() else given), SETTING)
-    files = [given] if given.is_file() else tree.lists(".parquet")
+    given = local_path(settings.path or "")
+    alone = is_file(given)
+    tree = Tree(str(given.parent if alone else given), SETTING)
+    files = [given] if alone else tree.lists(".parquet")
     if not files:
         raise tree.is_not("Parquet", "*.parquet")
     rows = [row for path in files for row in _file_rows(path, tree.root)]
-    return Listing(merged(_named(rows)), tree.origin("Parquet with audio", files))
+    return Listing(merged(_named(rows, tree.root)), tree.origin("Parquet with audio", files))
 
 
 def recordings(path: Path, places: Sequence[int]) -> Iterator[Recording]:
@@ -105,12 +107,22 @@ def _recording(path: Path, audio: dict[str, Any] | None) -> Recording:
 def _file_rows(path: Path, root: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
-            names = _columns(path, file.schema_arrow)
-            every = (row for batch in file.iter_batches(4096, columns=names) for row in batch.to_pylist())
-            for place, row in enumerate(every):
-                yield _row(row, path, place, root)
+            names, place = _columns(path, file.schema_arrow), 0
+            for group in range(file.num_row_groups):
+                inside = _holds_bytes(file.metadata.row_group(group))
+                for batch in file.iter_batches(4096, row_groups=[group], columns=names):
+                    for row in batch.to_pylist():
+                        yield _row(row, path, place, root, inside)
+                        place += 1
     except lists.UNREADABLE as error:
         raise SettingsError(f"{SETTING}: {path} cannot be read: {error}") from error
+
+
+def _holds_bytes(group: pq.RowGroupMetaData) -> bool:
+    """Whether a row group may hold recordings; where the file says that there are none, its rows name files."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    found = next(column.statistics for column in columns if column.path_in_schema == "audio.bytes")
+    return found is None or not found.has_null_count or found.null_count < group.num_rows
 
 
 def _columns(path: Path, schema: pa.Schema) -> list[str]:
@@ -130,7 +142,7 @@ def _captions(names: Sequence[str]) -> list[str]:
     return [name for name in CAPTIONS if name in names and name != "caption"] + lists.caption_columns(names)
 
 
-def _row(row: dict[str, Any], path: Path, place: int, root: Path) -> Row:
+def _row(row: dict[str, Any], path: Path, place: int, root: Path, inside: bool) -> Row:
     given = str(row.get("split") or "").strip().lower()
     split = SPLIT_WORDS.get(given, given) or split_of(path.relative_to(root))
     clip = next((str(row[name]) for name in IDS if row.get(name) not in (None, "")), "")
@@ -139,7 +151,10 @@ def _row(row: dict[str, Any], path: Path, place: int, root: Path) -> Row:
     name = str((row.get("audio") or {}).get("path") or "")
     problem = "unknown split" if split is not None and split not in SPLITS else None
     detail = "" if clip else PurePath(name).name
-    return Row(clip, path, captions, split, _source_id(row), place, problem, detail, _recording_of(row, path, place))
+    recording = _recording_of(row, path, place)
+    if name and not inside:
+        return Row(clip, path.parent / name, captions, split, _source_id(row), None, problem, detail, recording)
+    return Row(clip, path, captions, split, _source_id(row), place, problem, detail, recording)
 
 
 def _recording_of(row: dict[str, Any], path: Path, place: int) -> str:
@@ -168,12 +183,13 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _named(rows: list[Row]) -> Iterator[Row]:
-    """Rows without an id are named after their recordings where those names are unique, else after their places."""
+def _named(rows: list[Row], root: Path) -> Iterator[Row]:
+    """Rows without an id are named after their recordings where those names are unique, else after their places below `root`:
+    files of two folders may have one name."""
     names = Counter(row.detail for row in rows if not row.id)
     for row in rows:
         if row.id:
             yield row
         else:
-            unique = row.detail if row.detail and names[row.detail] == 1 else f"{told(row.path.name)}#{row.place}"
-            yield replace(row, id=unique, detail="")
+            place = below(row.path, root) + ("" if row.place is None else f"#{row.place}")
+            yield replace(row, id=row.detail if row.detail and names[row.detail] == 1 else place, detail="")

@@ -10,6 +10,7 @@ from ask_ray.config import SettingsError
 from ask_ray.data import lists
 from ask_ray.data.folders import RECORDINGS
 from ask_ray.data.schema import Rejection, told
+from ask_ray.storage import is_file, is_folder, local_path
 
 COLUMNS = ("filename", "category")
 
@@ -39,9 +40,9 @@ def read(folder: str, setting: str) -> Listed:
         SettingsError: naming `setting`, if the folder holds another thing, the list lacks a column, a file has two categories,
             or there are not two categories to tell apart.
     """
-    root = Path(folder).expanduser().resolve()
+    root = local_path(folder)
     meta = root / "meta" / "esc50.csv"
-    if not meta.is_file() or not (root / "audio").is_dir():
+    if not is_file(meta) or not is_folder(root / "audio"):
         raise SettingsError(f"{setting}: {root} does not hold ESC-50: looked for meta/esc50.csv and audio/; found {_there(root)}")
     table = lists.read(meta, setting)
     missing = [name for name in COLUMNS if name not in table.column_names]
@@ -72,7 +73,8 @@ def _judged(rows: list[dict[str, str | None]], audio: Path, meta: Path, setting:
 
 
 def _there(root: Path) -> str:
-    if not root.is_dir():
-        return "no such folder"
-    names = sorted(told(path.name) + ("/" if path.is_dir() else "") for path in root.iterdir())
+    try:
+        names = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in root.iterdir())
+    except OSError as error:
+        return f"no folder to list ({error.strerror})"
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -10,13 +11,26 @@ from pathlib import Path
 from ask_ray.data.schema import MISSING, UnusableClip
 from ask_ray.storage import StorageError
 
+#: What a system answers of a name under which nothing is, or can be.
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
 
 def state(path: Path) -> os.stat_result | None:
-    """A file's size and times; None if no file is there, as for a name that no filesystem takes."""
+    """A file's size and times; None if no file is there, as for a name that no filesystem takes.
+
+    Raises:
+        StorageError: if it cannot be told whether one is there.
+    """
     try:
         found = path.stat()
-    except (OSError, ValueError):
+    except ValueError:
         return None
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise StorageError(
+            f"whether {path} is there cannot be told on {platform.node()}: {error}. Let its folder be read, or mend the storage"
+        ) from error
     return found if stat.S_ISREG(found.st_mode) else None
 
 
@@ -26,24 +40,16 @@ def is_there(path: Path) -> bool:
 
 
 def present(path: Path) -> None:
-    """Set aside what cannot be opened.
-
-    Raises:
-        UnusableClip: if the file is missing or empty.
-    """
-    if not is_there(path):
-        raise UnusableClip(MISSING, f"{path} is not there")
-    refuse_empty(path)
-
-
-def refuse_empty(path: Path) -> None:
     """Set aside a file that shows without being opened to hold nothing.
 
     Raises:
-        UnusableClip: if it is there and empty.
+        UnusableClip: if it is missing or empty.
+        StorageError: as :func:`state`.
     """
     found = state(path)
-    if found is not None and found.st_size == 0:
+    if found is None:
+        raise UnusableClip(MISSING, f"{path} is not there")
+    if found.st_size == 0:
         raise UnusableClip("empty", f"{path} holds no bytes")
 
 

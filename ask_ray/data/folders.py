@@ -15,7 +15,7 @@ from ask_ray.data.files import is_there
 from ask_ray.data.rows import SPLIT_WORDS, Listing, Row, texts
 from ask_ray.data.schema import MISSING, NO_CAPTION, SPLITS, told
 from ask_ray.modality import Modality
-from ask_ray.storage import digest_file
+from ask_ray.storage import digest_file, expanded, is_file, is_folder, local_path
 
 
 class Media(NamedTuple):
@@ -30,6 +30,9 @@ RECORDINGS = Media("recording", (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif
 PICTURES = Media("picture", (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2"))
 
 MEDIA: dict[Modality, Media] = {"audio": RECORDINGS, "image": PICTURES}
+
+#: A folder at the top of a disk that only the system may list.
+LOST = "lost+found"
 
 _MANIFESTS = ("captions", "manifest")
 
@@ -48,20 +51,20 @@ class Tree:
     of the section's words (the deepest such folder counts); files in none are found for every section that lacks the name.
 
     Raises:
-        SettingsError: if the folder is not there.
+        SettingsError: if the folder is not there, or one below it cannot be listed.
     """
 
     def __init__(
         self, folder: str, setting: str, sections: Mapping[str, Sequence[str]] | None = None, media: Media = RECORDINGS
     ) -> None:
-        self.root = Path(folder).expanduser().resolve()
+        self.root = local_path(folder)
         self._setting, self._sections, self._media = setting, sections or {}, media
-        if not self.root.is_dir():
+        if not is_folder(self.root):
             raise SettingsError(f"{setting}: {self.root} is not a folder; give the folder that holds the {media.name}s")
         self._found: dict[tuple[str | None, str], list[Path]] = {}
         self._others: list[Path] = []
         self._used: set[Path] = set()
-        for path in _walk(self.root):
+        for path in _walk(self.root, setting):
             if path.suffix.lower() in media.endings:
                 self._found.setdefault((self._section(path), self._stem(path.name)), []).append(path)
             else:
@@ -84,7 +87,7 @@ class Tree:
         """
         found = [path for path in self._others if path.name in names]
         if len(found) > 1:
-            there = ", ".join(_below(path, self.root) for path in found)
+            there = ", ".join(below(path, self.root) for path in found)
             raise SettingsError(f"{self._setting}: {self.root} holds {there}: give the folder of one of them")
         return found[0] if found else None
 
@@ -107,7 +110,7 @@ class Tree:
         """The recordings or pictures that no list names, as rows that are set aside."""
         left = [path for paths in self._found.values() for path in paths if path not in self._used]
         detail = f"no list names this {self._media.name}"
-        return [Row(_below(path, self.root), path, (), problem=NO_CAPTION, detail=detail) for path in sorted(left)]
+        return [Row(below(path, self.root), path, (), problem=NO_CAPTION, detail=detail) for path in sorted(left)]
 
     def row(
         self, section: str, clip: str, names: Sequence[str], captions: Sequence[object], split: str | None, source_id: str | None
@@ -123,12 +126,12 @@ class Tree:
         return {
             "layout": layout,
             "folder": str(self.root),
-            "lists": {_below(path, self.root): digest_file(path) for path in used},
+            "lists": {below(path, self.root): digest_file(path) for path in used},
         }
 
     def is_not(self, corpus: str, looked_for: str) -> SettingsError:
         """The error that the folder holds another thing than the corpus, with what is there."""
-        there = sorted(told(path.name) + ("/" if path.is_dir() else "") for path in self.root.iterdir())
+        there = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in self.root.iterdir())
         names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
         return SettingsError(
             f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {names}, with "
@@ -166,8 +169,8 @@ def manifest_rows(settings: FolderSettings, named: Named) -> Iterator[Row]:
     Raises:
         SettingsError: if the folder or the manifest is missing or malformed; the message says what was looked for.
     """
-    root = Path(settings.path or "").expanduser().resolve()
-    if not root.is_dir():
+    root = local_path(settings.path or "")
+    if not is_folder(root):
         raise SettingsError(f"{named.folder}: {root} is not a folder; give the folder that holds the recordings")
     table = _read_manifest(_manifest_path(root, settings.manifest, named), named)
     for row in table.to_pylist():
@@ -194,12 +197,12 @@ def _manifest_row(row: dict[str, Any], root: Path) -> Row:
 
 def _manifest_path(root: Path, given: str | None, named: Named) -> Path:
     if given is not None:
-        path = root / Path(given).expanduser()
-        if not path.is_file():
+        path = root / expanded(given)
+        if not is_file(path):
             raise SettingsError(f"{named.manifest}: {path} is not there; name the CSV, JSONL or Parquet of captions")
         return path
     names = [f"{stem}{ending}" for stem in _MANIFESTS for ending in lists.READERS]
-    found = [root / name for name in names if (root / name).is_file()]
+    found = [root / name for name in names if is_file(root / name)]
     if len(found) != 1:
         what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
         raise SettingsError(f"{named.manifest}: looked in {root} for one of {', '.join(names)}: {what}; name one")
@@ -221,16 +224,22 @@ def _read_manifest(path: Path, named: Named) -> pa.Table:
     return table
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Files below a folder in the order of their names, through links too but into no folder twice; none that is hidden."""
+def _walk(root: Path, setting: str) -> Iterator[Path]:
+    """Files below a folder in the order of their names, through links too but into no folder twice; none that is hidden. What
+    a folder holds that cannot be listed would be missing without a word: it is refused."""
+
+    def refuse(error: OSError) -> None:
+        raise SettingsError(f"{setting}: {error.filename} cannot be listed: {error.strerror}; let it be read, or move it away")
+
     entered = set()
-    for above, inner, files in os.walk(root, followlinks=True):
+    for above, inner, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(above)
-        inner[:] = [] if real in entered else sorted(name for name in inner if not name.startswith("."))
+        inner[:] = [] if real in entered else sorted(name for name in inner if not name.startswith(".") and name != LOST)
         if real not in entered:
             yield from (Path(above, name) for name in sorted(files) if not name.startswith("."))
         entered.add(real)
 
 
-def _below(path: Path, root: Path) -> str:
+def below(path: Path, root: Path) -> str:
+    """A path as it is told: from a folder on where it is below it."""
     return told(path.relative_to(root) if path.is_relative_to(root) else path)

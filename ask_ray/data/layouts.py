@@ -21,6 +21,7 @@ from ask_ray.data import lists
 from ask_ray.data.folders import Tree
 from ask_ray.data.rows import Listing, Row, merged
 from ask_ray.data.schema import BLACKLISTED, SPLITS
+from ask_ray.storage import expanded, is_file
 
 AUDIOCAPS = {"train": ("train",), "validation": ("val",), "test": ("test",)}
 CLOTHO = {"train": ("development",), "validation": ("validation",), "test": ("evaluation",)}
@@ -231,8 +232,8 @@ def _items(path: Path) -> list[dict[str, Any]]:
 
 def _blacklists(settings: WavCapsSettings, tree: Tree, used: dict[str, Path]) -> list[Path]:
     if settings.blacklists is not None:
-        paths = [tree.root / Path(name).expanduser() for name in settings.blacklists]
-        missing = [path for path in paths if not path.is_file()]
+        paths = [tree.root / expanded(name) for name in settings.blacklists]
+        missing = [path for path in paths if not is_file(path)]
         if missing:
             raise SettingsError(f"data.wavcaps.blacklists: {missing[0]} is not there; name JSON files, or give [] to go without")
         return paths

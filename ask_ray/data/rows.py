@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ask_ray.config import SplitShares
-from ask_ray.data.files import refuse_empty, state
+from ask_ray.data.files import present, state
 from ask_ray.data.held_out import HeldOut
 from ask_ray.data.schema import BY_ID, HELD_OUT, REJECTED, SPLITS, Rejection, UnusableClip, told, usable_captions
 
@@ -85,8 +85,8 @@ class Plan(NamedTuple):
 
 
 def texts(captions: Iterable[object]) -> tuple[str, ...]:
-    """Of a row's captions, what is text."""
-    return tuple(caption for caption in captions if isinstance(caption, str))
+    """Of a row's captions, what is text. JSON may hold halves of characters, which no file takes: they become question marks."""
+    return tuple(caption.encode("utf-8", "replace").decode() for caption in captions if isinstance(caption, str))
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -137,13 +137,13 @@ def plan(rows: Iterable[Row], shares: SplitShares, held_out: HeldOut) -> Plan:
 
 
 def _judge(row: Row, evaluated: HeldOut) -> None:
-    """Raise ``UnusableClip`` for a training clip of `evaluated`, a row without captions, or an empty file."""
+    """Raise ``UnusableClip`` for a training clip of `evaluated`, a row without captions, or a missing or empty file."""
     found = evaluated.find(row.id, row.source_id) if row.split == "train" else None
     if found:
         raise UnusableClip(found.reason, f"it is {found.where}")
     usable_captions(row.captions)
     if row.place is None:
-        refuse_empty(row.path)
+        present(row.path)
 
 
 def digest(rows: pa.Table) -> str:
@@ -156,7 +156,8 @@ def digest(rows: pa.Table) -> str:
 
 
 def _once(rows: list[Row], aside: list[Rejection]) -> Iterator[Row]:
-    """Each id once: where it is repeated, an evaluation split keeps it, and the test split before the validation split."""
+    """Each id once: where it is repeated, an evaluation split keeps it, and the test split before the validation split. What two
+    recordings share is a name that cannot stand, and no leak."""
     order = {"test": 0, "validation": 1}
     seen: dict[str, Row] = {}
     kept = set()
@@ -164,7 +165,7 @@ def _once(rows: list[Row], aside: list[Rejection]) -> Iterator[Row]:
         first = seen.setdefault(row.id, row)
         if first is row:
             kept.add(id(row))
-        elif first.split in HELD_OUT and row.split not in HELD_OUT:
+        elif first.split in HELD_OUT and row.split not in HELD_OUT and first.recording == row.recording:
             aside.append(row.rejection(BY_ID, f"it is {first.split} clip {row.id!r}"))
         else:
             aside.append(row.rejection("duplicate id", f"{first.source} has it too"))
@@ -192,6 +193,6 @@ def _evaluated(rows: list[Row]) -> HeldOut:
 
 def _in_files(rows: list[Row]) -> list[Row]:
     """Recordings that lie in Parquet files in the order of the files, so that each is read once and forward."""
-    if any(row.place is None for row in rows):
+    if all(row.place is None for row in rows):
         return rows
-    return sorted(rows, key=lambda row: (str(row.path), row.place))
+    return sorted(rows, key=lambda row: (str(row.path), row.place or 0))

@@ -210,8 +210,13 @@ class Rejection:
 
 
 def told(name: str | Path) -> str:
-    """A file's name as text that can be written anywhere: bytes that are no UTF-8 stand as `\\xf6`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 stand as `\\xf6`, and so do those of half a
+    character, which JSON can name."""
+    try:
+        content = os.fsencode(name)
+    except UnicodeEncodeError:
+        content = str(name).encode("utf-8", "surrogatepass")
+    return content.decode("utf-8", "backslashreplace")
 
 
 def id_number(clip_id: str) -> int:

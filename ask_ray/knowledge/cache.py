@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from ask_ray.config import KnowledgeSettings
 from ask_ray.scratch import in_use, lock
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, expanded
 
 #: The file of a copy that its users lock; its time is that of the last use.
 LEASE = ".lease"
@@ -59,7 +59,7 @@ class Cache:
         """The folder on this node."""
         if self.folder is None:
             return Path(tempfile.gettempdir()) / f"ask_ray-knowledge-{os.getuid()}"
-        return Path(self.folder).expanduser()
+        return expanded(self.folder)
 
     def hold(self, key: str, sizes: Mapping[str, int], fetch: Callable[[Path], None], intact: Callable[[Path], bool]) -> Copy:
         """The copy `key`, fetched if it is not there, not whole or damaged. Processes that ask at once wait for one of them to

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ask_ray.config import SettingsError
+from ask_ray.storage import expanded, is_file, is_folder
 
 #: Endings of PyTorch's own checkpoints.
 CHECKPOINTS = (".pth", ".pt", ".bin")
@@ -43,8 +44,8 @@ def folder_of(weights: str, setting: str) -> Path:
     Raises:
         WeightsError: if there is neither; `setting` is what named them.
     """
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
+    folder = expanded(weights)
+    if is_folder(folder):
         return folder
     if not HUB_ID.fullmatch(weights):
         raise WeightsError(f"{setting}: {weights} is neither a folder nor the id of a model on the hub; give a local folder")
@@ -79,12 +80,12 @@ def published_tensors(weights: str, setting: str = "model.audio_weights") -> dic
     Raises:
         WeightsError: as :func:`load_tensors` and :func:`folder_of`.
     """
-    path = Path(weights).expanduser()
-    if path.is_file() or path.suffix in CHECKPOINTS:
+    path = expanded(weights)
+    if is_file(path) or path.suffix in CHECKPOINTS:
         return load_tensors(path, setting)
     folder = folder_of(weights, setting)
     names = ("model.safetensors", "pytorch_model.bin")
-    found = [folder / name for name in names if (folder / name).is_file()]
+    found = [folder / name for name in names if is_file(folder / name)]
     if not found:
         raise WeightsError(f"{setting}: {folder} holds neither {' nor '.join(names)}; give the folder of published weights")
     return load_tensors(found[0], setting)
@@ -99,8 +100,8 @@ def load_tensors(path: str | Path, setting: str = "model.audio_weights") -> dict
     Raises:
         WeightsError: if the file is missing, of another kind, damaged or unsafe; `setting` is what named it.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = expanded(path)
+    if not is_file(path):
         raise WeightsError(f"{setting}: {path} is not a file; download the weights and give the file's path")
     try:
         if path.suffix == ".safetensors":

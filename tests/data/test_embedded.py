@@ -224,3 +224,23 @@ def test_what_is_no_such_data_set_is_refused_with_what_it_has(tmp_path):
     path.write_bytes(b"no parquet")
     with pytest.raises(SettingsError, match=r"^data\.parquet\.path: .*a\.parquet cannot be read"):
         listed(path)
+
+
+def test_files_of_two_folders_that_have_one_name_hold_clips_of_two_names(tmp_path):
+    """As the hub itself converts data sets."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split / "0000.parquet", [{"audio": sound(), "text": "x"}])
+    assert {row.id: row.split for row in listed(tmp_path)} == {"train/0000.parquet#0": "train", "test/0000.parquet#0": "test"}
+
+
+def test_rows_that_name_files_are_rows_of_files(tmp_path, write_audio):
+    """They are looked at before anything is decoded, as those of any list are."""
+    write_audio(tmp_path / "a.wav")
+    rows = [{"audio": sound(None, name), "text": f"of {name}", "split": "train"} for name in ("a.wav", "gone.wav")]
+    path = write(tmp_path / "train.parquet", rows)
+    assert [(row.path, row.place) for row in listed(path)] == [(tmp_path / "a.wav", None), (tmp_path / "gone.wav", None)]
+    source = source_of(DataSettings(corpus="parquet", parquet=ParquetSettings(path=str(path))))
+    assert [(one.id, one.reason) for one in source.early_rejections()] == [("gone.wav", "missing file")]
+    (clip,) = (clip for shard in source.shards() for clip in source.clips(shard))
+    assert (clip.id, clip.captions, clip.source) == ("a.wav", ("of a.wav",), str(tmp_path / "a.wav"))

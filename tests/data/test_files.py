@@ -1,5 +1,6 @@
 """Files: which are there, and whether what cannot be used is their fault or the storage's."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,23 @@ def test_a_file_is_there_and_nothing_else_is(tmp_path):
     assert [name for name in names if files.is_there(tmp_path / name)] == ["a", "link"]
 
 
-def test_an_empty_file_is_set_aside_and_one_that_is_not_there_is_not_an_empty_one(tmp_path):
+def test_an_empty_file_is_set_aside_and_one_that_is_not_there(tmp_path):
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "b").write_bytes(b"x")
     with pytest.raises(UnusableClip, match="holds no bytes"):
-        files.refuse_empty(tmp_path / "a")
-    for name in ("b", "gone"):
-        files.refuse_empty(tmp_path / name)
+        files.present(tmp_path / "a")
+    with pytest.raises(UnusableClip, match="is not there"):
+        files.present(tmp_path / "gone")
+    files.present(tmp_path / "b")
+
+
+def test_a_file_of_which_nothing_can_be_told_is_not_a_missing_one(tmp_path, monkeypatch):
+    def fails(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", fails)
+    with pytest.raises(StorageError, match=rf"^whether {tmp_path / 'a'} is there cannot be told on .*: .*Stale file handle"):
+        files.is_there(tmp_path / "a")
 
 
 def test_storage_that_fails_is_told_from_a_file_that_can_be_read(tmp_path):

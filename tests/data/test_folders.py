@@ -1,6 +1,7 @@
 """A folder with a manifest: manifests of three kinds, what is refused, and the recordings below a folder."""
 
 import csv
+import errno
 import json
 import os
 import unicodedata
@@ -17,6 +18,7 @@ from ask_ray.config import FolderSettings, SettingsError
 from ask_ray.data import folders
 from ask_ray.data.folders import Tree
 from ask_ray.data.rows import Row
+from ask_ray.storage import StorageError
 
 
 def rows_in(folder: Path, **folder_settings) -> list[Row]:
@@ -218,6 +220,29 @@ def test_links_are_followed_and_loops_end(tmp_path):
     tree = Tree(str(tmp_path / "corpus"), "s")
     assert tree.find("any", "a.wav") == tmp_path / "corpus/audio/a.wav"
     assert len(tree.without_caption()) == 0
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(tmp_path, monkeypatch):
+    """But for what a disk's system keeps to itself. (Whoever may list everything runs this too.)"""
+    shut, listing = [tmp_path / "lost+found", tmp_path / "test"], os.scandir
+    for folder in shut:
+        folder.mkdir()
+
+    def scandir(path: str) -> object:
+        if Path(path) in shut:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SettingsError, match=rf"^--x: {tmp_path / 'test'} cannot be listed: Permission denied; let it be read"):
+        Tree(str(tmp_path), "--x")
+    (tmp_path / "test").rmdir()
+    assert Tree(str(tmp_path), "--x").held == 0
+
+
+def test_a_home_that_nobody_has_is_refused(tmp_path):
+    with pytest.raises(StorageError, match=r"^~nobody-of-this-name/x is no path on this machine"):
+        Tree("~nobody-of-this-name/x", "--x")
 
 
 def test_of_two_lists_of_one_name_neither_is_guessed(tmp_path):

@@ -1,6 +1,7 @@
 """Rows: each id once, splits that stay, and nothing of an evaluation split in the training split."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from ask_ray.config import DataSettings, FolderSettings, SplitShares
 from ask_ray.data.corpora import RecordingSource, source_of
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.rows import Plan, Row, merged, plan, rows_of
-from ask_ray.data.schema import SPLITS
+from ask_ray.data.rows import Plan, Row, merged, plan, rows_of, texts
+from ask_ray.data.schema import MISSING, SPLITS
 
 HELD_OUT = {"validation": 0.0, "test": 0.0}
 
@@ -70,7 +71,7 @@ def test_added_rows_move_few_clips(tmp_path):
 
 
 def row(clip: str, split: str | None, source_id: str | None = None) -> Row:
-    return Row(clip, Path(clip), ("x",), split, source_id)
+    return Row(clip, Path(__file__), ("x",), split, source_id)  # any file that is there
 
 
 def planned(rows: list[Row], held_out: HeldOut | None = None, **shares: float) -> Plan:
@@ -168,3 +169,20 @@ def test_one_id_in_two_splits_is_two_rows():
 def test_one_id_of_two_recordings_is_two_rows():
     rows = [Row("a", Path(name), ("x",), "train", recording=name) for name in ("1", "2", "1")]
     assert [(one.path, one.captions) for one in merged(rows)] == [(Path("1"), ("x", "x")), (Path("2"), ("x",))]
+
+
+def test_one_name_of_two_recordings_is_no_leak():
+    rows = [replace(row("0.wav", split), recording=f"{split}/0.wav") for split in ("train", "test")]
+    assert aside(planned(rows)) == {"0.wav": "duplicate id"}
+    assert aside(planned([replace(one, recording="one") for one in rows])) == {"0.wav": "held out by id"}
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path):
+    (tmp_path / "a.wav").symlink_to(tmp_path / "gone.wav")
+    made = planned([replace(row("a", "train"), path=tmp_path / "a.wav")])
+    assert aside(made) == {"a": MISSING}
+
+
+def test_half_characters_of_json_become_question_marks():
+    assert texts(["a dog \ud83d", None, "rain"]) == ("a dog ?", "rain")
+    assert row("\ud83d", "train").rejection(MISSING).id == "\\xed\\xa0\\xbd"
