@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ask_ray import cluster, lease, report, tables, tracking
 from ask_ray.config import RunSettings, Settings, SettingsError, flat
@@ -209,7 +210,7 @@ def prepare_only(settings: Settings, console: Console | None = None) -> Corpus:
     console = console or Console()
     cluster.connect(settings)
     corpus = prepared(settings, console)
-    table = Table(title=str(corpus.folder))
+    table = Table(title=Text(str(corpus.folder)))
     audio = corpus.form.modality == "audio"
     for heading in ("split", THINGS[corpus.form.modality], "captions", *(["hours"] if audio else [])):
         table.add_column(heading, justify="left" if heading == "split" else "right")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ask_ray.knowledge.sources import sources_of
 from ask_ray.modality import THINGS, WAYS, Modality
 from ask_ray.models import dual_encoder
 from ask_ray.models.dual_encoder import DualEncoder, Encoding
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, StorageError, expanded, local_path
 from ask_ray.tables import Report
 from ask_ray.training import checkpoint, classification, evaluation, seen
 from ask_ray.training.checkpoint import Place
@@ -108,6 +108,10 @@ def evaluate(
     files = tables.places(write)
     opened = OpenedRun.at(run)
     on = _corpus_of(opened, corpus, split)
+    # What cannot be read for these is told before the long work.
+    with console.status(f"Looking for {THINGS[opened.modality]} that the run has seen"):
+        met = _met(opened, on, split)
+        trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train")) if rare else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with console.status(f"Encoding {on.clips(split)} {THINGS[opened.modality]}"):
         encoded = evaluation.encode_split(opened.model.to(device), on, split, opened.settings, device)
@@ -123,38 +127,55 @@ def evaluate(
     if transductive:
         with console.status("Sinkhorn over the whole split"):
             found["transductive"] = _transductive(encoded, opened.settings.ask.epsilon)
-    if rare:
-        trained = Frequencies.of(Corpus.open(opened.stood.corpus).captions("train"))
+    if trained is not None:
         found["rare"] = {"training_clips": trained.clips, "buckets": evaluation.by_rarity(encoded, ways, trained)}
     title = f"{opened.place.name} on {split} of {on.folder.name}"
-    otherwise: list[Corpus] = []
-    if known := _seen(opened, on):
-        found["seen"] = known.clips(on, split)
-        otherwise = known.cut_otherwise(on, split)
-        found["cut_otherwise"] = [str(corpus.folder) for corpus in otherwise]
-        found["unchecked"] = list(known.gone)
-        if found["seen"]:
-            title += f", of which it has SEEN {len(found['seen'])} {THINGS[opened.modality]}"
-        if otherwise or known.gone:
-            title += " and MAY HAVE SEEN more" if found["seen"] else f", of which it MAY HAVE SEEN {THINGS[opened.modality]}"
+    if met is not None:
+        found["seen"], found["unchecked"] = met.clips, met.unchecked
+        found["cut_otherwise"] = [str(corpus.folder) for corpus in met.cut_otherwise]
+        if met.clips:
+            title += f", of which it has SEEN {len(met.clips)} {THINGS[opened.modality]}"
+        if met.cut_otherwise or met.unchecked:
+            title += " and MAY HAVE SEEN more" if met.clips else f", of which it MAY HAVE SEEN {THINGS[opened.modality]}"
     _give(_retrieval_report(found, title, opened.modality), files, console)
-    if found.get("seen"):
-        such, where = escape(repr(found["seen"][0])), escape(f"'[{on.folder}]'")
-        console.print(
-            f"[red]The figures are too high[/]: {len(found['seen'])} of the {on.clips(split)} {THINGS[opened.modality]}, such as "
-            f"{such}, were trained on or stand in the knowledge base (same id, source id or samples). Prepare what is trained on "
-            f"with --data.held_out {where}",
-            soft_wrap=True,
-        )
-    if otherwise:
-        _tell_cut_otherwise(otherwise, on, console)
-    for problem in found.get("unchecked", ()):
-        console.print(
-            f"[red]The figures may be too high[/]: whether {THINGS[opened.modality]} of {escape(str(on.folder))} were trained on "
-            f"could not be checked: {escape(problem)}",
-            soft_wrap=True,
-        )
+    if met is not None:
+        _tell_met(met, on, split, console)
     return found
+
+
+class Met(NamedTuple):
+    """Of a split that is evaluated on, `clips`: the ids of those that the run's weights have seen; `cut_otherwise`: corpora with
+    recordings that could not be compared by their samples; `unchecked`: why others could not be opened."""
+
+    clips: list[str]
+    cut_otherwise: list[Corpus]
+    unchecked: list[str]
+
+
+def _met(opened: OpenedRun, on: Corpus, split: str) -> Met | None:
+    """What of a split the run's weights have seen; None if they have seen no other corpus than it."""
+    known = _seen(opened, on)
+    return None if known is None else Met(known.clips(on, split), known.cut_otherwise(on, split), list(known.gone))
+
+
+def _tell_met(met: Met, on: Corpus, split: str, console: Console) -> None:
+    things = THINGS[on.form.modality]
+    if met.clips:
+        such, where = escape(repr(met.clips[0])), escape(f"'[{on.folder}]'")
+        console.print(
+            f"[red]The figures are too high[/]: {len(met.clips)} of the {on.clips(split)} {things}, such as {such}, were trained "
+            "on or stand in the knowledge base (same id, source id or samples). Prepare what is trained on with --data.held_out "
+            f"{where}",
+            soft_wrap=True,
+        )
+    if met.cut_otherwise:
+        _tell_cut_otherwise(met.cut_otherwise, on, console)
+    for problem in met.unchecked:
+        console.print(
+            f"[red]The figures may be too high[/]: whether {things} of {escape(str(on.folder))} were trained on could not be "
+            f"checked: {escape(problem)}",
+            soft_wrap=True,
+        )
 
 
 def _seen(opened: OpenedRun, on: Corpus) -> Seen | None:
@@ -258,7 +279,7 @@ def classify(
     tokenwise = classification.class_tokenwise(model, heard, names, templates, device)
     found: dict[str, Any] = {
         "run": str(opened.place.folder),
-        "path": str(Path(path).expanduser().resolve()),
+        "path": str(local_path(path)),
         "templates": templates,
         **classification.classified(heard, names, vectors, tokenwise),
         "aside": [vars(one) for one in aside],
@@ -304,22 +325,26 @@ def search(query: str, run: str | None, storage: str, top: int, console: Console
             found = reranked(asked, by_file, _of_clips(found, known, clips), known, opened)
     ranked = _ranked(found, known, top)
     things = THINGS[opened.modality]
-    table = Table(
-        title=f"{'Captions' if by_file else things.capitalize()} nearest to {query!r} in v{known.version} of {opened.place.name}"
-    )
+    of = f"{'Captions' if by_file else things.capitalize()} nearest to {query!r} in v{known.version} of {opened.place.name}"
+    console.print(_ranking(ranked, of, things))
+    return ranked
+
+
+def _ranking(ranked: list[tuple[float, str, str]], title: str, things: str) -> Table:
+    """What was found, as a table. All of it is text: brackets in a caption, a name or a query are no markup."""
+    table = Table(title=Text(title))
     for heading in ("rank", "score", things[:-1], "caption"):
         table.add_column(heading, justify="right" if heading in ("rank", "score") else "left", overflow="fold")
     for rank, (score, clip, caption) in enumerate(ranked, 1):
-        table.add_row(str(rank), f"{score:.3f}", clip, caption)
-    console.print(table)
-    return ranked
+        table.add_row(str(rank), f"{score:.3f}", Text(clip), Text(caption))
+    return table
 
 
 def _path(query: str) -> Path:
     """A query as a path; a text may begin with `~` and name nobody's home."""
     try:
-        return Path(query).expanduser()
-    except RuntimeError:
+        return expanded(query)
+    except StorageError:
         return Path(query)
 
 

@@ -108,12 +108,32 @@ def test_what_the_weights_have_seen_before_a_fork_is_told_on_the_runs_own_corpus
     assert "SEEN 1 clips" in wrote
 
 
-def test_of_a_fork_on_the_same_corpus_or_of_a_run_that_is_gone_nothing_is_told(recorded, left_run, monkeypatch, tmp_path):
+def test_of_a_fork_on_the_same_corpus_nothing_is_told(recorded, left_run, monkeypatch, tmp_path):
     own = recorded("own", bell=1, test_rain=3)
-    for fork in (left_run("a", settings_of(), own), str(tmp_path / "gone")):
-        found, said, _ = evaluated(monkeypatch, opened_on(own.folder.uri, tmp_path, **forking(fork)), own, tmp_path / "f.md")
-        assert "seen" not in found
-        assert "too high" not in said
+    opened = opened_on(own.folder.uri, tmp_path, **forking(left_run("a", settings_of(), own)))
+    found, said, _ = evaluated(monkeypatch, opened, own, tmp_path / "f.md")
+    assert "seen" not in found
+    assert "too high" not in said
+
+
+def test_that_a_forked_run_is_gone_is_told(recorded, left_run, monkeypatch, tmp_path):
+    own, gone = recorded("own", bell=1, test_rain=3), str(tmp_path / "gone")
+    fork = left_run("a", settings_of(**forking(gone)), own)
+    found, said, _ = evaluated(monkeypatch, opened_on(own.folder.uri, tmp_path, **forking(fork)), own, tmp_path / "f.md")
+    (problem,) = found["unchecked"]
+    assert problem.startswith(f"run.fork: {gone}")
+    assert "may be too high" in said
+
+
+def test_what_cannot_be_read_of_what_was_seen_costs_no_evaluation(recorded, monkeypatch, tmp_path):
+    """A corpus with its manifest, but without its clips, is one that could not be opened; it is looked at before encoding."""
+    own, on = recorded("own", dog=1), recorded("on", test_rain=3)
+    shutil.rmtree(own.folder.local / "clips")
+    found, said, wrote = evaluated(monkeypatch, opened_on(own.folder.uri, tmp_path), on, tmp_path / "f.md")
+    (problem,) = found["unchecked"]
+    assert str(own.folder / "clips") in problem
+    assert "may be too high" in said
+    assert "MAY HAVE SEEN" in wrote
 
 
 def test_what_can_no_longer_be_compared_is_told_and_keeps_no_run_from_another_corpus(recorded, left_run, monkeypatch, tmp_path):
@@ -155,6 +175,14 @@ def test_a_query_that_ends_like_any_file_a_corpus_may_hold_is_one_that_is_not_th
 def test_a_search_for_no_results_is_refused_before_a_run_is_opened(top):
     with pytest.raises(SettingsError, match=rf"^--top: {top} .* 1 or more"):
         inspection.search("a dog barks", "no run", "", top)
+
+
+def test_brackets_in_what_is_asked_and_found_are_text():
+    said = io.StringIO()
+    table = inspection._ranking([(0.5, "Dog bark [dq4].wav", "[music] then [/] talk")], "nearest to '[/x] or [b]'", "clips")
+    Console(file=said, width=120).print(table)
+    for text in ("Dog bark [dq4].wav", "[music] then [/] talk", "'[/x] or [b]'"):
+        assert text in said.getvalue()
 
 
 def test_no_more_of_a_query_is_heard_than_of_a_clip(tmp_path, write_audio):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from ask_ray.config import SettingsError
 from ask_ray.data.schema import FORMAT, KEPT, ROW_GROUP, SPLITS, Kept
 from ask_ray.modality import Form
-from ask_ray.storage import Folder, StorageError
+from ask_ray.storage import Folder, StorageError, masked
 
 LOG = logging.getLogger(__name__)
 
@@ -136,23 +137,28 @@ class Corpus:
 
     def columns(self, split: str) -> list[str]:
         """Names of the columns that the split's files have; none if the split has no clips."""
-        return list(self._files(split).schema.names)
+        with self._reading():
+            return list(self._files(split).schema.names)
 
     def ids(self, split: str) -> list[str]:
         """Ids of the split's clips in the order of the corpus. Reads that one column."""
-        files = self._files(split)
-        return list(files.to_table(columns=["id"]).column("id").to_pylist()) if files.files else []
+        with self._reading():
+            files = self._files(split)
+            return list(files.to_table(columns=["id"]).column("id").to_pylist()) if files.files else []
 
     def captions(self, split: str) -> Iterator[list[str]]:
         """Each clip's captions in the order of the corpus. Reads that one column, a batch at a time."""
-        files = self._files(split)
-        for batch in files.to_batches(columns=["captions"]) if files.files else ():
-            yield from batch.column("captions").to_pylist()
+        with self._reading():
+            files = self._files(split)
+            for batch in files.to_batches(columns=["captions"]) if files.files else ():
+                yield from batch.column("captions").to_pylist()
 
     def identities(self, split: str) -> Identities:
         """Ids, source ids and digests of the split's clips. Reads those columns."""
-        files, names = self._files(split), ["id", "source_id", "digest"]
-        table = files.to_table(columns=names) if files.files else None
+        names = ["id", "source_id", "digest"]
+        with self._reading():
+            files = self._files(split)
+            table = files.to_table(columns=names) if files.files else None
         return Identities(*(table.column(name).to_pylist() if table else [] for name in names))
 
     def signals(self, split: str, places: Iterable[int]) -> dict[int, np.ndarray]:
@@ -176,12 +182,25 @@ class Corpus:
         Raises:
             StorageError: if it stays away, or the file is damaged.
         """
-        table = self.folder.patiently(lambda: self._table(group), _not_read)
+        with self._reading():
+            table = self.folder.patiently(lambda: self._table(group), _not_read)
         held = table.column(self.kept.samples).combine_chunks()
         sides = [table.column(name).to_numpy() for name in self.kept.sides]
         ids, captions = (table.column(name).to_pylist() for name in ("id", "captions"))
         shapes = np.stack(sides, axis=1) if sides else None
         return ClipRows(ids, captions, held.values.to_numpy(), held.offsets.to_numpy(), shapes)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What is wrong with the files of clips as a StorageError: a finished corpus has them all, and whole."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{self.folder / 'clips'} cannot be read: {masked(str(error))}; mend the storage, or prepare the corpus anew"
+            ) from error
 
     def _table(self, group: Group) -> pa.Table:
         names = ["id", "captions", self.kept.samples, *self.kept.sides]
@@ -193,7 +212,8 @@ class Corpus:
         found = self._split(split)
         if found["cut"] or seconds == self.form.seconds or max(map(int, found["lengths"]), default=0) <= seconds - 1:
             return bool(found["cut"])
-        durations = self._files(split).to_table(columns=["duration"]).column("duration").to_numpy()
+        with self._reading():
+            durations = self._files(split).to_table(columns=["duration"]).column("duration").to_numpy()
         return bool(durations.max(initial=0) > seconds + 2 / self.form.resolution)  # resampling may add a sample
 
     def _files(self, split: str) -> pa.dataset.FileSystemDataset:

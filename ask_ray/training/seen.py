@@ -24,6 +24,8 @@ class Seen:
 
     def clips(self, on: Corpus, split: str) -> list[str]:
         """The ids of a split's clips that are among it, by id, source id or digest."""
+        if not self.corpora:
+            return []
         of = on.identities(split)
         found: set[str] = set()
         for corpus, its_split in self.corpora:
@@ -47,7 +49,9 @@ def by_run(settings: Settings, corpus: str) -> Seen:
     knowledge = settings.knowledge.sources if settings.ask.enabled else ()
     for source in sources_of(list(dict.fromkeys([TRAIN, *knowledge])), corpus):
         try:
-            found.append((Corpus.open(source.corpus), source.split))
+            opened = Corpus.open(source.corpus)
+            opened.columns(source.split)  # its clips may be gone though its manifest is there
+            found.append((opened, source.split))
         except UserError as error:
             gone.append(str(error))
     return Seen(tuple(found), tuple(gone))
@@ -55,8 +59,8 @@ def by_run(settings: Settings, corpus: str) -> Seen:
 
 def before_run(settings: Settings, corpus: str) -> Seen:
     """What the weights that a run begins with have seen: what the run that it forks read, the run that this one forked, and so
-    on as far as they are still there. Without what the run trains on itself, whose splits are kept apart."""
-    every = [by_run(there, at) for there, at in _forked(settings)]
+    on. Without what the run trains on itself, whose splits are kept apart."""
+    every = list(_by_forked(settings))
     own, others = Folder.at(corpus).uri, {}
     for read, split in (one for of in every for one in of.corpora):
         if read.folder.uri != own:
@@ -64,13 +68,14 @@ def before_run(settings: Settings, corpus: str) -> Seen:
     return Seen(tuple(others.values()), tuple(dict.fromkeys(told for of in every for told in of.gone)))
 
 
-def _forked(settings: Settings) -> Iterator[tuple[Settings, str]]:
-    """The runs behind a run, the nearest first: settings, and the place of the corpus."""
+def _by_forked(settings: Settings) -> Iterator[Seen]:
+    """What the runs behind a run read, the nearest first. One that is gone ends them: what was behind it is not known."""
     met = set()
     while (fork := settings.run.fork) is not None and fork not in met:
         met.add(fork)
         try:
             settings, place = checkpoint.read_settings(Folder.at(fork))
-        except UserError:
+        except UserError as error:
+            yield Seen(gone=(f"run.fork: {error}",))
             return
-        yield settings, place.corpus
+        yield by_run(settings, place.corpus)

@@ -9,7 +9,7 @@ import pytest
 from ask_ray.config import SettingsError
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.schema import SPLITS
-from ask_ray.storage import Folder, digest_bytes
+from ask_ray.storage import Folder, StorageError, digest_bytes
 
 
 def test_a_folder_without_a_manifest_is_no_corpus(tmp_path):
@@ -85,6 +85,21 @@ def test_an_empty_split_has_no_ids_and_no_columns(small_corpus):
     splits = {**small_corpus.manifest["splits"], "validation": empty}
     corpus = Corpus(small_corpus.folder, {**small_corpus.manifest, "splits": splits})
     assert (corpus.ids("validation"), corpus.columns("validation"), corpus.groups("validation")) == ([], [], [])
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1 and no more"])
+def test_files_that_are_gone_or_damaged_are_a_storage_error_with_their_place(content, recorded):
+    corpus = recorded("own", dog=1)
+    (file,) = (corpus.folder / "clips").local.glob("train*.parquet")
+    (group,) = corpus.groups("train")
+    file.unlink()
+    if content:
+        file.write_bytes(content)
+    for read in (corpus.columns, corpus.ids, corpus.identities, lambda split: list(corpus.captions(split))):
+        with pytest.raises(StorageError, match=rf"^{corpus.folder / 'clips'} cannot be read: .*; mend the storage, or prepare"):
+            read("train")
+    with pytest.raises(StorageError, match="cannot be read"):
+        corpus.read(group)
 
 
 def test_sizes_that_plan_memory_and_knowledge(small_corpus):
