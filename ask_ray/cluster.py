@@ -79,19 +79,30 @@ def workers_of_trial(settings: Settings) -> int:
 
 
 def _start(settings: Settings, cpus: float, dashboard: bool) -> bool:
-    """Join a cluster or start one, unless this process has a session; whether one was joined."""
+    """Join a cluster or start one, unless this process has a session; whether one was joined.
+
+    Raises:
+        SettingsError: if no cluster answers where one was to be joined.
+    """
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same for workers and trials
     if ray.is_initialized():
         return False
     join = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+    address = os.environ.get("RAY_ADDRESS", "auto") if join else "local"
     least = max(cpus, settings.data.prepare_tasks)
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS", "auto") if join else "local",
-        num_cpus=None if join else max(os.cpu_count() or 1, math.ceil(least)),
-        include_dashboard=None if join else dashboard,
-        logging_level=logging.ERROR,
-        log_to_driver=settings.run.worker_logs,
-    )
+    try:
+        ray.init(
+            address=address,
+            num_cpus=None if join else max(os.cpu_count() or 1, math.ceil(least)),
+            include_dashboard=None if join else dashboard,
+            logging_level=logging.ERROR,
+            log_to_driver=settings.run.worker_logs,
+        )
+    except ConnectionError as error:
+        raise SettingsError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}): start it (ray start --head), correct the address, or "
+            "unset it to run on this machine alone"
+        ) from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return join
 

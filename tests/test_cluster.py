@@ -401,3 +401,14 @@ def test_a_sweep_that_stops_trials_asks_a_cluster_that_it_joins_for_its_dashboar
 def test_a_session_that_runs_is_used_as_it_is(ray_session, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("a second session"))
     cluster.connect(Settings())
+
+
+def test_a_cluster_that_does_not_answer_is_told_with_its_address(monkeypatch):
+    def init(**how: object) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {how['address']}")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SettingsError, match=r"^RAY_ADDRESS: no Ray cluster answers at 127\.0\.0\.1:1 .*start it .* or unset it"):
+        cluster.connect(of())
