@@ -19,8 +19,9 @@ help:
 train: $(READY)
 	$(BIN)/python jobs/train.py $(ARGS)
 
+# Tests that use Ray share one process and its session, and wait most of the time: all others run beside them.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 faults: $(TEST_READY)
 	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults
