@@ -131,11 +131,9 @@ class Tree:
 
     def is_not(self, corpus: str, looked_for: str) -> SettingsError:
         """The error that the folder holds another thing than the corpus, with what is there."""
-        there = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in self.root.iterdir())
-        names = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
         return SettingsError(
-            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {names}, with "
-            f"{self.held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
+            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; found {_held(self.root)}, "
+            f"with {self.held} {self._media.name}s below; give the corpus's folder, or choose another data.corpus"
         )
 
     def _section(self, path: Path) -> str | None:
@@ -205,8 +203,15 @@ def _manifest_path(root: Path, given: str | None, named: Named) -> Path:
     found = [root / name for name in names if is_file(root / name)]
     if len(found) != 1:
         what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
-        raise SettingsError(f"{named.manifest}: looked in {root} for one of {', '.join(names)}: {what}; name one")
+        sought = f"looked in {root} for one of {', '.join(names)}"
+        raise SettingsError(f"{named.manifest}: {sought}: {what}; name one; the folder holds {_held(root)}")
     return found[0]
+
+
+def _held(folder: Path) -> str:
+    """What a folder holds, as it is told: the first names."""
+    there = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in folder.iterdir())
+    return ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
 
 
 def _read_manifest(path: Path, named: Named) -> pa.Table:

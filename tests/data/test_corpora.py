@@ -246,6 +246,9 @@ def test_a_bank_that_cannot_be_used_is_refused_by_name(tmp_path):
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank") as refusal:
         source_of(banked_on(tmp_path / "no"))
     assert str(tmp_path / "no") in str(refusal.value)
+    (tmp_path / "sounds.txt").touch()
+    with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank: looked in .*; the folder holds sounds\.txt$"):
+        source_of(banked_on(tmp_path))
     (tmp_path / "captions.csv").write_text("file_name,caption\ngone.wav,y\n")
     with pytest.raises(SettingsError, match=r"^data\.soundscapes\.bank: none of the 1 recordings"):
         source_of(banked_on(tmp_path)).early_rejections()

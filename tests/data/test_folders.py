@@ -133,7 +133,13 @@ def test_a_missing_manifest_says_what_was_looked_for(tmp_path):
     message = refused(tmp_path)
     for word in ("data.folder.manifest: ", str(tmp_path), "captions.csv", "manifest.jsonl", "captions.parquet"):
         assert word in message
+    assert message.endswith("the folder holds nothing")
     assert str(tmp_path / "mine.csv") in refused(tmp_path, manifest="mine.csv")
+
+
+def test_a_folder_without_a_manifest_is_told_with_what_is_in_it(tmp_path):
+    touch(tmp_path, "audio/a.wav", *(f"{n}.txt" for n in range(9)))
+    assert refused(tmp_path).endswith(f"the folder holds {', '.join(f'{n}.txt' for n in range(8))} and 2 more")
 
 
 def test_of_two_manifests_one_has_to_be_named(tmp_path):
