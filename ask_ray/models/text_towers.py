@@ -267,5 +267,6 @@ def _architecture(family: str, width: float) -> tuple[Any, PretrainedConfig]:
         num_attention_heads=heads,
         intermediate_size=256 * heads,
         max_position_embeddings=514 if family == "roberta" else 512,
+        type_vocab_size=1 if family == "roberta" else 2,
         pad_token_id=0,
     )

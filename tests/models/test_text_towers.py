@@ -166,13 +166,24 @@ def test_a_roberta_takes_two_tokens_fewer_than_it_has_positions(models) -> None:
 
 
 def test_the_sizes_are_the_published_ones() -> None:
-    """BERT-base and RoBERTa-base without their vocabularies; SONAR is 1024 wide with 24 layers."""
+    """Shapes only, with our hashed vocabulary of 30522: BERT-base and RoBERTa-base, and SONAR's encoder of 24 layers. A layer has
+    four square projections and two linear layers, all with biases, and two norms."""
+
+    def layers(count: int, width: int, inner: int) -> int:
+        return count * (4 * (width * width + width) + 2 * width * inner + inner + width + 2 * 2 * width)
+
     with torch.device("meta"):
         towers = {name: from_scratch(name, 1.0, 48) for name in ("bert", "roberta", "sonar")}
     assert {name: tower.width for name, tower in towers.items()} == {"bert": 768, "roberta": 768, "sonar": 1024}
     assert len(towers["sonar"].encoder.layers) == 24
     assert towers["sonar"].encoder.layers[0].fc1.out_features == 8192
-    assert sum(parameter.numel() for parameter in towers["bert"].parameters()) == 108_891_648
+    counted = {name: sum(parameter.numel() for parameter in tower.parameters()) for name, tower in towers.items()}
+    assert counted == {
+        "bert": (30522 + 512 + 2 + 2) * 768 + layers(12, 768, 3072),  # words, places, segments, a norm
+        "roberta": (30522 + 514 + 1 + 2) * 768 + layers(12, 768, 3072),
+        "sonar": (30522 + 2) * 1024 + layers(24, 1024, 8192),  # its places are sinusoids
+    }
+    assert counted["bert"] == 108_891_648
 
 
 def test_sonar_marks_captions_with_their_language(models) -> None:
