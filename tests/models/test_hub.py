@@ -10,8 +10,13 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save
 
+from ask_ray.config import ModelSettings
 from ask_ray.models import weights
+from ask_ray.models.ced import Ced
+from ask_ray.models.registry import audio_tower
 from ask_ray.models.weights import WeightsError, folder_of, published_tensors
 
 VERSION = "0123456789abcdef0123456789abcdef01234567"
@@ -87,6 +92,19 @@ def test_a_model_is_fetched_without_code_and_pickles_and_kept_for_when_the_hub_i
     assert folder_of("org/model", "model.text_weights") == folder
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert folder_of("org/model", "model.text_weights") == folder
+
+
+def test_a_published_audio_tower_comes_from_the_hub(hub) -> None:
+    torch.manual_seed(0)
+    source = Ced("tiny", 1.0, 0, 0).eval()
+    own = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("front.")}
+    heads = {f"outputlayer.{number}.{kind}": torch.ones(2) for number in (0, 1) for kind in ("weight", "bias")}
+    Hub.files = {"config.json": b"{}", "model.safetensors": save({f"encoder.{name}": own[name] for name in own} | heads)}
+    built = audio_tower(ModelSettings(audio="ced-tiny", audio_weights="org/model"), 16000)
+    assert any(path.endswith("/model.safetensors") for path in Hub.asked)
+    waves, lengths = 0.1 * torch.randn(1, 16000), torch.tensor([16000])
+    with torch.no_grad():
+        assert torch.equal(built.eval()(waves, lengths), source(waves, lengths))
 
 
 def test_a_model_that_the_hub_does_not_have_is_refused(hub) -> None:
