@@ -92,6 +92,16 @@ def test_chunks_belong_to_their_clips_whatever_the_batch() -> None:
     torch.testing.assert_close(shuffled, together[[3, 5, 0, 4, 1, 2]], atol=1e-5, rtol=1e-5)
 
 
+def test_at_full_width_what_is_made_of_a_clip_does_not_depend_on_its_batch() -> None:
+    tower = ced(width=1.0)
+    lengths = torch.tensor([16000, 40000])
+    waves = 0.1 * torch.randn(2, 40000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = tower(waves, lengths)
+        alone = [tower(wave[None, :length], length[None])[0] for wave, length in zip(waves, lengths, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
+
+
 def test_training_augments_and_norms_bands_over_the_clips_own_frames_only() -> None:
     tower = ced(freq_mask=8, time_mask=16).train()
     tower.init_bn.momentum = 1.0
