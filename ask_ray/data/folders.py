@@ -131,9 +131,10 @@ class Tree:
 
     def is_not(self, corpus: str, looked_for: str) -> SettingsError:
         """The error that the folder holds another thing than the corpus, with what is there."""
-        sought = f"looked for {looked_for} at any depth; found {_held(self.root)}, with {self.held} {self._media.name}s below"
         return SettingsError(
-            f"{self._setting}: {self.root} does not hold {corpus}: {sought}; give the corpus's folder, or choose another data.corpus"
+            f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; "
+            f"found {_held(self.root)}, with {self.held} {self._media.name}s below; "
+            "give the corpus's folder, or choose another data.corpus"
         )
 
     def _section(self, path: Path) -> str | None:
