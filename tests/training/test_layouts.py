@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from picture_trees import karpathy
 
 from ask_ray.config import DataSettings, ModelSettings, Settings, TrainingSettings
 from ask_ray.data import prepare
@@ -19,7 +20,14 @@ from ask_ray.training.step import Stepper
 CPU, STEPS, BATCH = torch.device("cpu"), 2, 2
 LAYOUTS = {"audiocaps": "audiocaps", "retrieval": "audiocaps", "clotho": "clotho", "wavcaps": "wavcaps", "parquet": "parquet"}
 RATES = {"tiny": 16000, "resnet38": 32000, "ced-tiny": 16000, "hf:ast": 16000}
+MORE = {"ced-mini": 16000, "ced-small": 16000, "ced-base": 16000, "hf:wav2vec2": 16000, "hf:clap": 48000}
+HEARD = RATES | MORE
 TEXT = ("tiny", "bert", "roberta", "sonar", "hf:minilm")
+PAIRS = [(audio, text) for audio in RATES for text in TEXT] + [(audio, "tiny") for audio in MORE]
+
+
+def layout_of(audio: str, text: str) -> str:
+    return list(LAYOUTS)[sum(divmod(PAIRS.index((audio, text)), len(TEXT))) % len(LAYOUTS)]
 
 
 def data_of(layout: str, tree: Path, rate: int) -> DataSettings:
@@ -32,16 +40,21 @@ def data_of(layout: str, tree: Path, rate: int) -> DataSettings:
 
 @pytest.fixture(scope="module")
 def prepared(trees, tmp_path_factory) -> dict[tuple[str, int], tuple[DataSettings, Corpus]]:
-    """Every layout at every rate that a tower hears."""
+    """Every layout at the rates at which it is heard, and a corpus of pictures."""
     made, home = {}, tmp_path_factory.mktemp("layouts")
-    for layout in LAYOUTS:
-        for rate in sorted({*RATES.values()}):
-            data, folder = data_of(layout, trees[layout], rate), Folder.at(str(home / f"{layout}-{rate}"))
-            source = source_of(data)
-            written = [prepare.write_shard(source, shard, folder) for shard in source.shards()]
-            prepare._write_manifest(data, folder, source, written)
-            made[layout, rate] = data, Corpus.open(folder.uri)
+    for layout, rate in sorted({(layout_of(*pair), HEARD[pair[0]]) for pair in PAIRS}):
+        made[layout, rate] = corpus_of(data_of(layout, trees[layout], rate), home / f"{layout}-{rate}")
+    tree = str(karpathy(home / "flickr30k", "flickr30k"))
+    pictures = {"corpus": "flickr30k", "flickr30k": {"path": tree}, "image_size": 40, "max_rejected": 1.0}
+    made["flickr30k", 0] = corpus_of(DataSettings.model_validate(pictures), home / "pictures")
     return made
+
+
+def corpus_of(data: DataSettings, place: Path) -> tuple[DataSettings, Corpus]:
+    source, folder = source_of(data), Folder.at(str(place))
+    written = [prepare.write_shard(source, shard, folder) for shard in source.shards()]
+    prepare._write_manifest(data, folder, source, written)
+    return data, Corpus.open(folder.uri)
 
 
 def model_of(audio: str, text: str, models: dict[str, Path], minilm: str) -> ModelSettings:
@@ -51,16 +64,23 @@ def model_of(audio: str, text: str, models: dict[str, Path], minilm: str) -> Mod
     return ModelSettings(**towers, width=0.08, dim=16, freq_mask=0, time_mask=0, max_words=24)
 
 
-@pytest.mark.parametrize("text", TEXT)
-@pytest.mark.parametrize("audio", RATES)
+@pytest.mark.parametrize(("audio", "text"), PAIRS)
 def test_every_pair_of_towers_takes_steps_on_a_layout_and_encodes_it(audio, text, prepared, models, minilm) -> None:
-    """Every audio tower meets every layout."""
-    layout = list(LAYOUTS)[(list(RATES).index(audio) + TEXT.index(text)) % len(LAYOUTS)]
-    data, corpus = prepared[layout, RATES[audio]]
+    """Every tower that meets all text towers meets every layout."""
+    data, corpus = prepared[layout_of(audio, text), HEARD[audio]]
+    takes_steps_and_encodes(data, corpus, model_of(audio, text, models, minilm))
+
+
+def test_an_image_tower_takes_steps_on_a_layout_of_pictures_and_encodes_it(prepared, models) -> None:
+    towers = {"image": f"hf:{models['vit']}", "text": "tiny"}
+    takes_steps_and_encodes(*prepared["flickr30k", 0], ModelSettings(**towers, width=0.08, dim=16, max_words=24))
+
+
+def takes_steps_and_encodes(data: DataSettings, corpus: Corpus, towers: ModelSettings) -> None:
     training = TrainingSettings(batch_size=BATCH, warmup_share=0.0)
-    settings = Settings(data=data, model=model_of(audio, text, models, minilm), training=training)
+    settings = Settings(data=data, model=towers, training=training)
     torch.manual_seed(0)
-    model = registry.build(settings.model, data.sample_rate)
+    model = registry.build(settings.model, corpus.sample_rate)
     before = {name: value.clone() for name, value in model.named_parameters()}
     stepper = Stepper(model, model, settings, STEPS, CPU)
     batches = TrainingBatches(corpus, data, model.tokenise, BATCH, seed=0, rank=0, workers=1)
