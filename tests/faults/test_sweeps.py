@@ -1,5 +1,6 @@
 """Sweeps that are killed, interrupted, or lose a worker: what was finished stays, what was not goes on, nothing runs on."""
 
+import itertools
 import json
 import os
 import signal
@@ -60,6 +61,7 @@ def test_a_sweep_killed_half_way_and_continued_ends_with_the_same_trials(tmp_pat
     until(lambda: len(ended(folder, "finished")) >= 2 and ended(folder, "running"), 300, "two finished trials")
     job.kill()
     job.wait()
+    valued = {row["trial"]: row["point"] for row in rows_of(folder) if row["value"] is not None}
     before = {row["trial"]: row for row in ended(folder, "finished")}
     results = {trial: (folder / f"trials/{trial}-seed-0/result.json").stat().st_mtime_ns for trial in before}
     until(lambda: not members(job), 180, "the end of the killed sweep's processes")
@@ -73,6 +75,11 @@ def test_a_sweep_killed_half_way_and_continued_ends_with_the_same_trials(tmp_pat
         assert after[trial]["values"] == row["values"]
         assert (folder / f"trials/{trial}-seed-0/result.json").stat().st_mtime_ns == results[trial]
     assert len(list((folder / "trials").iterdir())) == 6
+    assert {trial: after[trial]["point"] for trial in valued} == valued
+    best = json.loads((folder / "sweep.json").read_text())["best"]["trial"]
+    manifests = [*folder.glob("trials/*/knowledge/v*/manifest.json")]
+    assert {path.parents[2].name for path in manifests} == {f"{best}-seed-0"}
+    assert {json.loads(path.read_text())["run"] for path in manifests} == {f"{best}-seed-0"}
 
 
 def test_an_interrupted_sweep_leaves_a_record_and_no_processes_and_goes_on(tmp_path):
@@ -90,7 +97,8 @@ def test_an_interrupted_sweep_leaves_a_record_and_no_processes_and_goes_on(tmp_p
     assert json.loads((folder / "sweep.json").read_text())["best"]["status"] == "finished"
 
     finish(start(file, "sweep"))
-    assert len(ended(folder, "finished")) == 6
+    points = [(row["point"]["ask.rho"], row["point"]["ask.beta"]) for row in ended(folder, "finished")]
+    assert sorted(points) == [*itertools.product(SPACE["ask.rho"]["grid"], SPACE["ask.beta"]["grid"])]
     assert _record(folder) == {"FINISHED"}
 
 

@@ -17,6 +17,9 @@ from ask_ray.tuning.trial import run_name
 #: As gloo says that a worker's neighbour is gone: markup to Rich, that closes what never began.
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
 
+#: Where a run keeps the first version of its knowledge base.
+VERSION = "knowledge/v000001"
+
 
 def settings_of(home: Path, **tracking: Any) -> Settings:
     return load({"run": {"storage": str(home)}, "tracking": {"experiment": "boards", **tracking}})
@@ -65,13 +68,15 @@ def test_a_trial_that_is_tried_again_does_not_fail_for_the_reason_of_before(tmp_
         (["finished", "finished", "finished"], "c"),
     ],
 )
-def test_a_population_keeps_its_weights_until_all_of_it_is_finished(tmp_path, statuses, kept):
+def test_a_population_keeps_its_weights_and_knowledge_until_all_of_it_is_finished(tmp_path, statuses, kept):
     board, _ = board_of(tmp_path, algorithm="pbt", trials=3)
     for value, (trial, status) in enumerate(zip("abc", statuses, strict=False)):
         board.rows[trial] = {"trial": trial, "status": status, "value": float(value)}
         (board.trials / run_name(trial, 0) / "checkpoint_a").write("state.json", b"{}")
+        (board.trials / run_name(trial, 0) / VERSION).write("manifest.json", b"{}")
     board.prune()
-    assert [name[0] for name in board.trials.names() if (board.trials / name).exists("checkpoint_a")] == [*kept]
+    for left in ("checkpoint_a", f"{VERSION}/manifest.json"):
+        assert [name[0] for name in board.trials.names() if (board.trials / name).exists(left)] == [*kept]
 
 
 @pytest.mark.parametrize(
