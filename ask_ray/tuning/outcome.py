@@ -137,7 +137,10 @@ def verdict(rows: Sequence[Row], sweep: SweepSettings) -> list[str]:
     if len(finished_rows) > 2:
         lines.append(_against(best, finished_rows[-1], "the last of those finished", sweep))
     if len(sweep.seeds) < 2:
-        lines.append("One seed a trial: how far seeds spread is not known. Repeat the best few with --sweep.seeds '[0, 1, 2]'.")
+        lines.append(
+            "One seed a trial: how far seeds spread is not known. Sweep a smaller space around the best under another sweep.name "
+            "with --sweep.seeds '[0, 1, 2]'."
+        )
     return lines
 
 

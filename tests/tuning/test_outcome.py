@@ -154,7 +154,9 @@ def test_the_verdict_counts_the_seeds_that_both_trials_have():
 
 
 def test_one_seed_says_so():
-    assert "One seed a trial" in outcome.verdict([row("a", {"0": 0.3})], SweepSettings())[-1]
+    told = outcome.verdict([row("a", {"0": 0.3})], SweepSettings())[-1]
+    assert told.startswith("One seed a trial")
+    assert "under another sweep.name with --sweep.seeds" in told  # the same name would be refused
 
 
 def test_ranks_are_told_as_ranks():
