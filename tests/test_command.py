@@ -98,6 +98,16 @@ def test_what_is_wrong_in_a_space_file_is_told_with_its_line(text, words, told, 
     assert all(line.startswith(f"{tmp_path / 'space.yaml'}:{start}") for line, start in zip(lines, told, strict=True))
 
 
+@pytest.mark.parametrize(("name", "value", "line"), [("metric", "loss", 2), ("name", "mine", 3)])
+def test_an_error_of_the_job_itself_is_told_with_the_line_of_the_space_file(name, value, line, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "space.yaml"
+    file.write_text("sweep:\n  metric: loss\n  name: mine\n" + SWEPT)
+    monkeypatch.setattr(sys, "argv", ["tune", "--space", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        command.with_space("a sweep", lambda settings, sweep, _: fail(SettingsError(f"sweep.{name}: no {value}")))
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {file}:{line}: sweep.{name}: no {value}\n")
+
+
 def test_the_command_line_wins_over_a_space_file_and_makes_whole_what_it_leaves_open(tmp_path, monkeypatch):
     text = "settings:\n  data: {corpus: clotho}\n  ask: {rho: 0.3, beta: 0.2}\nsweep: {trials: 3, keep: 2}\n"
     words = ("--data.clotho.path", "/clotho", "--ask.rho=0.4", "--sweep.trials", "5")

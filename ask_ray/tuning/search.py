@@ -23,13 +23,15 @@ METRICS = ("mean_r1", *(f"{way}_{figure}" for way in WAYS for figure in FIGURES)
 
 
 def check_metric(sweep: SweepSettings) -> None:
-    """Refuse a metric that no run reports.
+    """Refuse a metric that no evaluation on the validation split reports, such as the loss.
 
     Raises:
         SettingsError: naming the setting.
     """
     if sweep.metric not in METRICS:
-        raise SettingsError(f"sweep.metric: no run reports {sweep.metric!r}; evaluations report {', '.join(METRICS)}")
+        raise SettingsError(
+            f"sweep.metric: no evaluation on the validation split reports {sweep.metric!r}; they report {', '.join(METRICS)}"
+        )
 
 
 def check_reported(settings: Settings) -> None:

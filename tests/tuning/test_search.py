@@ -55,8 +55,12 @@ def test_of_ranks_less_is_better_and_of_all_else_more():
     assert {metric for metric in search.METRICS if SweepSettings(metric=metric).mode == "min"} == {
         f"{way}_{rank}_rank" for way in ("t2a", "a2t") for rank in ("median", "mean")
     }
-    with pytest.raises(SettingsError, match=r"sweep\.metric: no run reports 'accuracy'"):
-        search.check_metric(SweepSettings(metric="accuracy"))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])  # runs report a loss, of training
+def test_a_metric_that_is_none_of_an_evaluation_is_refused(metric):
+    with pytest.raises(SettingsError, match=rf"^sweep\.metric: no evaluation on the validation split reports '{metric}'; they "):
+        search.check_metric(SweepSettings(metric=metric))
 
 
 def test_what_a_population_changes_stays_within_its_range():

@@ -43,7 +43,7 @@ ASK = {"enabled": True, "prototypes": 8}
             RHO,
             {**GRID, "metric": "accuracy"},
             None,
-            "sweep.metric: no run reports 'accuracy'; evaluations report mean_r1, t2a_r1",
+            "sweep.metric: no evaluation on the validation split reports 'accuracy'; they report mean_r1, t2a_r1",
         ),
         (RHO, GRID, {"training": {"epochs": 3, "evaluate_every": 2}}, "training.evaluate_every is 2: the last of 3 epochs"),
         (
