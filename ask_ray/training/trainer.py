@@ -42,8 +42,8 @@ START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 MARK = 0.001
 
 
-#: What Ray says of a node where it ends processes.
-OUT_OF_MEMORY = "running low on memory"
+#: What Ray says of a node where it ends processes, and CUDA where it finds no room.
+OUT_OF_MEMORY = ("running low on memory", "out of memory")
 
 #: How long a run that is over waits for the removal of old versions.
 TIDYING_SECONDS = 30.0
@@ -299,9 +299,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The line of an error that tells most: the last, but where Ray ended processes for want of memory the one that says so."""
-    lines = str(error).strip().splitlines()
-    return next((line.strip() for line in lines if OUT_OF_MEMORY in line), lines[-1])
+    """The line of an error that tells most: the last, but where memory ran out the one that says so. Without a line, its name."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return next((line for line in lines if any(words in line for words in OUT_OF_MEMORY)), lines[-1])
 
 
 def final_facts(result: Result) -> dict[str, Any]:

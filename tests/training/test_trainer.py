@@ -1,8 +1,10 @@
-"""What is refused before training: K and Nc against what all sources of the knowledge base hold together."""
+"""What is refused before training: K and Nc against what all sources of the knowledge base hold together; why a run failed."""
 
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ask_ray.config import Settings, SettingsError, load
 from ask_ray.data.corpus import Corpus
@@ -169,3 +171,30 @@ def test_entries_of_a_clip_are_summed_over_sources_that_share_clips(tmp_path):
     sources = [Source(name, corpus.folder.uri, "train") for name, corpus in zip("ab", corpora, strict=True)]
     assert trainer._fullest(searched(), sources, Extent(100, 40)) == 5
     assert trainer._fullest(searched(), sources, Extent(99, 40)) == 3 + 5
+
+
+#: As Ray tells that it ended a worker: the line that names memory is not the last.
+KILLED = """Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 5c1f) was 15.21GB / 16.00GB (0.950625), which exceeds the threshold of 0.95.
+Refer to the documentation on how to address the out of memory issue.
+To adjust the kill threshold, set the environment variable RAY_memory_usage_threshold when starting Ray."""
+
+#: As CUDA tells that a kernel found no room.
+ON_A_GPU = """CUDA error: out of memory
+CUDA kernel errors might be asynchronously reported at some other API call.
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OutOfMemoryError(KILLED), "Task was killed due to the node running low on memory."),
+        (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 3.00 GiB of memory"), "Unable to allocate 3.00 GiB of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), "CUDA out of memory. Tried to allocate 20.00 MiB."),
+        (RuntimeError(ON_A_GPU), "CUDA error: out of memory"),
+    ],
+    ids=["ray", "python", "with-words", "torch", "cuda"],
+)
+def test_a_job_that_ran_out_of_memory_is_told_so(failure, told):
+    assert trainer._cause(WorkerGroupError("a worker failed", {1: failure})) == f"training failed on rank 1: {told}"
