@@ -1,6 +1,7 @@
 """How Ray Tune is told to search."""
 
 import contextlib
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
-from ask_ray.config import SettingsError, SweepSettings, load
+from ask_ray.config import Settings, SettingsError, SweepSettings, load
 from ask_ray.training.forecast import Forecast
 from ask_ray.tuning import search
 from ask_ray.tuning.search import within
@@ -42,6 +43,23 @@ def test_early_stopping_stops_who_is_behind_but_nobody_at_the_end(epochs, seeds,
 def test_what_a_population_may_choose_from_is_a_list_for_ray_tune_and_not_a_range():
     told = search.config(SweepSettings(algorithm="pbt", trials=2), Space("space.yaml", (RHO, BETA)), [], 2, 4)["tune_config"]
     assert told.scheduler._hyperparam_mutations["ask.beta"] == [0.0, 0.3]
+
+
+def test_optuna_learns_from_the_trials_before():
+    neighbours = Dimension("ask.neighbours", "lograndint", (2, 65), 4)
+    space = Space("space.yaml", (RHO, BETA, neighbours))
+    of = SweepSettings(algorithm="optuna", trials=30)
+    searcher = search.config(of, space, [], 2, 4)["tune_config"].search_alg
+    apart = []
+    for number in range(of.trials):
+        point = searcher.suggest(str(number))
+        assert [*space.check_points(Settings(), [point])]
+        assert 0.2 <= point["ask.rho"] <= 0.9
+        assert BETA.takes(point["ask.beta"])
+        assert neighbours.takes(point["ask.neighbours"])
+        apart.append(abs(point["ask.rho"] - 0.7))
+        searcher.on_trial_complete(str(number), {of.metric: -apart[-1]})
+    assert mean(apart[-10:]) < mean(apart[:10]) / 2
 
 
 def test_the_longest_run_of_a_space_counts_for_early_stopping():
