@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,8 +23,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ask_ray.config import Settings, SweepSettings, flat, with_values
 from ask_ray.report import BLUE, GREY, ORANGE
 from ask_ray.storage import Folder
-from ask_ray.tuning.outcome import Row, interval
+from ask_ray.tuning.outcome import STOPPED, Row, interval
 from ask_ray.tuning.space import INTEGERS, LISTS, Dimension, Space
+
+#: Parts of a range of which means are drawn, at most, and how many trials each has at least.
+PARTS, IN_A_PART = 5, 4
 
 POLICY, INTERVAL = "knowledge.refresh.policy", "knowledge.refresh.interval"
 
@@ -128,7 +132,7 @@ def _sized(axes: Axes, title: str, width: float) -> Figure:
 
 
 def _settings(space: Space, rows: Sequence[Row], sweep: SweepSettings) -> Figure:
-    """The metric against each setting: every trial, and the mean of those with the same value with its 95 % interval."""
+    """The metric against each setting: every trial, and the means of :func:`_groups` with their 95 % intervals."""
     columns = min(3, len(space.keys))
     lines = math.ceil(len(space.keys) / columns)
     figure, grid = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False, sharey=True)
@@ -142,6 +146,8 @@ def _settings(space: Space, rows: Sequence[Row], sweep: SweepSettings) -> Figure
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel(sweep.metric)
+    if stopped := sum(row["status"] == STOPPED for row in rows):
+        figure.suptitle(f"{stopped} of {len(rows)} trials were stopped early and enter with their last figure", fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -157,12 +163,21 @@ def _against(axes: Axes, one: Dimension, rows: Sequence[Row]) -> None:
     if one.kind.startswith("log"):
         axes.set_xscale("log")
     axes.plot(places, [row["value"] for row in rows], "o", color=GREY, markersize=4, alpha=0.8)
-    for place in sorted(set(places)):
-        values = [value for at, row in zip(places, rows, strict=True) if at == place for value in row["values"].values()]
+    for place, values in _groups(one, places, rows):
         bounds = interval(values)
         if bounds is not None:
             middle = mean(values)
             axes.errorbar(place, middle, [[middle - bounds[0]], [bounds[1] - middle]], fmt="s", color=BLUE, capsize=4)
+
+
+def _groups(one: Dimension, places: Sequence[Any], rows: Sequence[Row]) -> list[tuple[Any, list[float]]]:
+    """What runs reached at each place. Of a range and one seed, where hardly two meet, in each of some parts of equally many
+    neighbours, at the middle one's place."""
+    runs = sorted((place, value) for place, row in zip(places, rows, strict=True) for value in row["values"].values())
+    count = min(PARTS, len(runs) // IN_A_PART)
+    if one.kind in LISTS or len(runs) > len(rows) or not count:
+        return [(place, [value for at, value in runs if at == place]) for place in sorted(set(places))]
+    return [(np.median(part[:, 0]), part[:, 1].tolist()) for part in np.array_split(np.array(runs), count)]
 
 
 def _is_number(value: Any) -> bool:

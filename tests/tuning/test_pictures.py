@@ -5,12 +5,15 @@ import io
 import matplotlib.pyplot as plt
 import optuna
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.image import imread
 from test_outcome import row
 
 from ask_ray.config import Settings, SweepSettings, load
 from ask_ray.storage import Folder
 from ask_ray.tuning import pictures
+from ask_ray.tuning.outcome import STOPPED
 from ask_ray.tuning.space import Dimension, Space
 
 RHO = Dimension("ask.rho", "uniform", (0.1, 0.9), 2)
@@ -89,6 +92,37 @@ def test_a_range_of_logarithms_beside_a_shared_zero_is_drawn(tmp_path):
     assert ({"parallel.png", "importance.png"} <= {*names}, told) == (True, [])
 
 
+def bars(axes: Axes) -> int:
+    """How many intervals are drawn."""
+    return sum(isinstance(one, ErrorbarContainer) for one in axes.containers)
+
+
+def test_a_range_has_the_intervals_of_parts_of_its_trials_and_of_each_trial_where_there_are_seeds():
+    figure = pictures._settings(SPACE, drawn(23), SweepSettings())
+    assert [bars(axes) for axes in figure.axes] == [5, 5, 2]
+    few = pictures._settings(SPACE, drawn(9), SweepSettings())
+    assert [bars(axes) for axes in few.axes] == [2, 2, 2]
+    seeded = [one | {"values": {"0": one["value"], "1": one["value"] + 0.1}} for one in drawn(9)]
+    each = pictures._settings(Space("space.yaml", (RHO,)), seeded, SweepSettings(seeds=[0, 1]))
+    assert bars(each.axes[0]) == 9
+    plt.close("all")
+
+
+def test_parts_of_a_range_hold_equally_many_neighbours():
+    rows = [row(str(at), {"0": 0.1 * at}, point={RHO.key: at / 16}) for at in range(15, -1, -1)]
+    groups = pictures._groups(RHO, [one["point"][RHO.key] for one in rows], rows)
+    assert [place for place, _ in groups] == [(4 * part + 1.5) / 16 for part in range(4)]
+    assert [value for _, values in groups for value in values] == [0.1 * at for at in range(16)]
+
+
+def test_trials_that_were_stopped_early_are_told_of():
+    rows = [one | {"status": STOPPED} for one in drawn(3)] + drawn(8)[3:]
+    figure = pictures._settings(SPACE, rows, SweepSettings())
+    assert figure.get_suptitle() == "3 of 8 trials were stopped early and enter with their last figure"
+    assert pictures._settings(SPACE, drawn(8), SweepSettings()).get_suptitle() == ""
+    plt.close("all")
+
+
 def test_a_picture_that_fails_is_told_and_costs_no_other(tmp_path):
     rows = [one | {"refresh_seconds": "long"} for one in refreshed()]
     names, (told,) = draw(Folder.at(str(tmp_path)), REFRESHING, rows)
@@ -99,8 +133,11 @@ def test_a_picture_that_fails_is_told_and_costs_no_other(tmp_path):
 
 def test_freshness_goes_from_the_stalest_to_the_freshest():
     figure = pictures._refreshing(Settings(), refreshed(), SweepSettings())
-    left = figure.axes[0]
+    left, right = figure.axes
     assert [label.get_text() for label in left.get_xticklabels()] == ["static", "T = 15", "T = 1", "continuous"]
+    assert bars(left) == 4
+    costs = {one["point"].get(INTERVAL.key, one["point"][POLICY.key]): one["refresh_seconds"] for one in refreshed()}
+    assert [bar.get_height() for bar in right.patches] == [costs[name] for name in ("static", 15, 1, "continuous")]
     plt.close(figure)
 
 
