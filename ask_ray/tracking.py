@@ -79,10 +79,10 @@ class Recorder:
         """End the run: FINISHED, FAILED or KILLED."""
         self._safely(lambda: self._client.set_terminated(self.run_id, status))
 
-    def end_other(self, folder: Folder, status: str, tags: Mapping[str, str]) -> None:
+    def end_other(self, folder: Folder, status: str, tags: Mapping[str, str], figures: Mapping[str, float]) -> None:
         """End the MLflow run of another run's folder, if it has one, for it cannot do so itself any more."""
         if folder.exists("mlflow.json"):
-            self._safely(lambda: self._end_other(folder.read_json("mlflow.json")["run_id"], status, tags))
+            self._safely(lambda: self._end_other(folder.read_json("mlflow.json")["run_id"], status, tags, figures))
 
     def _start(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -167,11 +167,13 @@ class Recorder:
             (Path(temporary) / name).write_bytes(folder.read(name))
             self._client.log_artifact(self.run_id, str(Path(temporary) / name), under)
 
-    def _end_other(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+    def _end_other(self, run_id: str, status: str, tags: Mapping[str, str], figures: Mapping[str, float]) -> None:
         if not self._has(run_id):  # its record is in another store, or was deleted: there is nothing to end
             return
         for key, value in tags.items():
             self._client.set_tag(run_id, key, value)
+        for key, figure in figures.items():
+            self._client.log_metric(run_id, key, figure)
         self._client.set_terminated(run_id, status)
 
     def _safely(self, act: Any) -> None:

@@ -162,11 +162,11 @@ def test_the_record_of_another_run_is_ended_where_the_store_has_it_and_else_left
         pass
     tags = {"sweep.status": "failed"}
     with Recorder(settings_of(storage, uri=other), folder_of(storage, "sweep elsewhere")) as sweep:
-        sweep.end_other(folder, "FAILED", tags)
+        sweep.end_other(folder, "FAILED", tags, {})
     assert not [record for record in caplog.records if record.name == "ask_ray.tracking"]
     assert run_of(storage, folder).info.status == "RUNNING"
     with Recorder(settings_of(storage), folder_of(storage, "sweep")) as sweep:
-        sweep.end_other(folder, "FAILED", tags)
+        sweep.end_other(folder, "FAILED", tags, {})
     ended = client_of(storage).get_run(trial.run_id)
     assert (ended.info.status, ended.data.tags["sweep.status"]) == ("FAILED", "failed")
 

@@ -119,17 +119,20 @@ class Board:
         return self.rows[trial]
 
     def _record(self, row: Row) -> None:
-        """End the MLflow runs of a trial that cannot do so itself any more, and tell the sweep's run of the best so far.
+        """End the MLflow runs of a trial that cannot do so itself any more, with the trial's mean where it has several seeds, and
+        tell the sweep's run of the best so far.
 
         Of a trial that failed, or was broken off, that is the fate of one run alone: other seeds are whole, and pbt left the
         parts before on purpose.
         """
         status = {FINISHED: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED"}.get(row["status"], "KILLED")
         tags = {STATUS_TAG: row["status"], REASON_TAG: row["reason"]}
+        several = len(self._of.seeds) > 1 and row["value"] is not None
+        figures = {f"sweep.{self._of.metric}": row["value"]} if several else {}
         newest = {run_folder(self.trials, row["trial"], seed).name for seed in self._of.seeds}
         for folder in [self.trials / name for name in self._runs_of([row["trial"]])]:
             over = finished(folder) or folder.name not in newest
-            self._recorder.end_other(folder, "FINISHED" if over else status, tags)
+            self._recorder.end_other(folder, "FINISHED" if over else status, tags, figures)
         best = outcome.best_of([*self.rows.values()], self._of.mode)
         ended = sum(one["status"] != RUNNING for one in self.rows.values())
         self._recorder.metrics({"trials_ended": ended} | ({self._of.metric: best["value"]} if best else {}), ended)

@@ -103,3 +103,18 @@ def test_every_run_of_a_trial_is_ended_in_mlflow_as_what_became_of_it(tmp_path, 
     ended = [client.get_run((folder / "trials" / name).read_json("mlflow.json")["run_id"]) for name in runs]
     assert [run.info.status for run in ended] == expected
     assert {run.data.tags["sweep.status"] for run in ended} == {outcome.FAILED if kind == "failed" else outcome.FINISHED}
+
+
+def test_every_run_of_a_trial_has_the_mean_over_its_seeds_in_mlflow(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    settings, folder = settings_of(tmp_path), Folder.at(str(tmp_path / "sweep"))
+    runs = [folder / "trials" / run_name("a", seed) for seed in (0, 1)]
+    for run, value in zip(runs, (0.2, 0.4), strict=True):
+        with Recorder(settings, run):
+            run.write_json("history.json", [{"kind": "epoch", "epoch": 1, "step": 1, "t2a_r1": value, "mean_r1": value}])
+    with Recorder(settings, folder) as recorder:
+        board = Board(folder, SweepSettings(seeds=[0, 1]), recorder, Console(quiet=True))
+        board.heed([event("ended", whole=False)], over=False)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    told = [client.get_run(run.read_json("mlflow.json")["run_id"]).data.metrics for run in runs]
+    assert [metrics["sweep.mean_r1"] for metrics in told] == pytest.approx([0.3, 0.3])
