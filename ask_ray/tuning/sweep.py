@@ -30,7 +30,7 @@ from ask_ray.tuning import outcome, pictures, search, space
 from ask_ray.tuning.board import Board, Watch
 from ask_ray.tuning.outcome import INTERRUPTED
 from ask_ray.tuning.space import Point, Space, SpaceFile
-from ask_ray.tuning.trial import TrialPlan, train_trial
+from ask_ray.tuning.trial import TrialPlan, run_folder, schedule, train_trial
 
 #: Settings of a sweep that may change when it is continued; of `at_once`, :func:`_check_same` tells more.
 MAY_CHANGE = ("sweep.keep", "sweep.name", "at_once")
@@ -377,7 +377,7 @@ def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float, c
     rows = outcome.ranked([*board.rows.values()], of.mode)
     best, answer = outcome.best_of(rows, of.mode), outcome.verdict(rows, of)
     if best is not None:
-        told = "".join(f"# {line}\n" for line in answer)
+        told = "".join(f"# {line}\n" for line in [*answer, *_made(checked, of, best)])
         folder.write("best.yaml", (told + with_values(checked.settings, best["point"]).to_yaml()).encode())
     drawn = _drawn(checked, of, rows, console)
     found = {
@@ -396,6 +396,14 @@ def _finish(checked: Checked, of: SweepSettings, board: Board, seconds: float, c
     table = outcome.sheet(f"{folder.name}: best first{seeds}", rows, swept.keys, of)
     folder.write("sweep.md", outcome.page(swept.about, answer, table, drawn).encode())
     return found, table
+
+
+def _made(checked: Checked, of: SweepSettings, best: outcome.Row) -> list[str]:
+    """How the best value was made, where one run with these settings does not make it again."""
+    if of.algorithm != "pbt":
+        return []
+    run = run_folder(checked.folder / "trials", best["trial"], of.seeds[0])
+    return [f"These are the settings of the last part alone. The value was made with {schedule(run, checked.space.keys)}."]
 
 
 def _drawn(checked: Checked, of: SweepSettings, rows: list[outcome.Row], console: Console) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ask_ray.storage import Folder
 from ask_ray.training import checkpoint
 from ask_ray.training.checkpoint import CheckpointError
 from ask_ray.training.trainer import RunPlace
-from ask_ray.tuning.space import Point
+from ask_ray.tuning.space import Point, name_of
 
 #: What a trial tells Ray Tune beside the figures: epochs since its start over all seeds, and whether it is at its end.
 AGE, DONE = "age", "whole"
@@ -103,6 +104,14 @@ def _goes_on(run: Folder, point: Point) -> bool:
 def _told_of(run: Folder) -> Point:
     """The settings of a run by their dotted names."""
     return flat(yaml.safe_load(run.read("settings.yaml")))
+
+
+def schedule(run: Folder, keys: Sequence[str]) -> str:
+    """The values of settings that a run's weights were made with, in their order: of the runs that it goes back to, then its."""
+    there = _told_of(run)
+    before = there["run.fork"]
+    own = f"{name_of({key: there[key] for key in keys})} ({run.name})"
+    return f"{schedule(Folder.at(before), keys)}, then {own}" if before else own
 
 
 def _to_fork(donor: Folder, epochs: int) -> Folder:

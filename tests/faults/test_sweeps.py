@@ -138,6 +138,7 @@ def test_a_population_takes_over_weights_and_finishes(tmp_path):
     assert {row["status"] for row in rows} == {"finished"}
     parts = [path for path in (folder / "trials").iterdir() if "-part-" in path.name]
     assert parts
+    assert "# These are the settings of the last part alone." in (folder / "best.yaml").read_text()
     for part in parts:
         settings = load((part / "settings.yaml").read_text())
         donor = Path(str(settings.run.fork)).name

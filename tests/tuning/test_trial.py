@@ -164,3 +164,13 @@ def test_a_run_without_its_last_evaluation_is_not_judged_by_an_earlier_one_and_i
     train(tmp_path, "a", SweepSettings(seeds=seeds), 6, 3)
     assert trained == seeds[-1:]
     assert reports[-1][DONE]
+
+
+def test_the_schedule_of_a_run_goes_back_over_those_that_it_was_forked_from(tmp_path):
+    trials, fork = Folder.at(str(tmp_path)), None
+    for name, rho in (("a-seed-0", 0.4), ("b-seed-0-part-1", 0.5), ("b-seed-0-part-2", 0.6)):
+        settings = load({"run": {"name": name, "storage": trials.uri, "fork": fork}, "ask": {"rho": rho}})
+        (trials / name).write("settings.yaml", settings.to_yaml().encode())
+        fork = (trials / name).uri
+    told = "ask.rho 0.4 (a-seed-0), then ask.rho 0.5 (b-seed-0-part-1), then ask.rho 0.6 (b-seed-0-part-2)"
+    assert trial.schedule(trials / "b-seed-0-part-2", ["ask.rho"]) == told
