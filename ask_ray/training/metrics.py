@@ -8,7 +8,7 @@ one more than the number of wrong candidates that do not score lower. So NaN, wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,18 +31,20 @@ BOUNDS = (0.025, 0.975)
 class Ranked:
     """One direction, query by query.
 
-    rank: (Q,) int64 from 1, of the best-ranked right candidate; precision: (Q,) float64, AP@10 over all right candidates.
+    rank: (Q,) int64 from 1, of the best-ranked right candidate; precision: (Q,) float64, AP@10 over all right candidates;
+    clip: (Q,) int64, the clip that each query is, or is a caption of.
     """
 
     rank: np.ndarray
     precision: np.ndarray
+    clip: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rank)
 
     def of(self, queries: np.ndarray) -> Ranked:
         """Some of the queries: (Q,) bool, or their places."""
-        return Ranked(self.rank[queries], self.precision[queries])
+        return Ranked(self.rank[queries], self.precision[queries], self.clip[queries])
 
     def figures(self) -> dict[str, float]:
         """:data:`FIGURES` by name: recalls and mAP@10 as shares in [0, 1], the median and mean rank from 1."""
@@ -51,17 +53,21 @@ class Ranked:
         return dict(zip(FIGURES, (*recalls, *map(float, others)), strict=True))
 
     def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95 % intervals of :meth:`figures` by the percentile bootstrap over queries.
+        """95 % intervals of :meth:`figures` by the percentile bootstrap over clips.
 
-        Each resample draws as many queries as there are, with replacement, each on its own (also captions of one clip). Queries
-        with the same rank and precision are the same to every figure, so how often each such kind is drawn is drawn at once.
+        Each resample draws as many clips as there are, with replacement, each with all of its queries: captions of one clip
+        succeed and fail together. Queries with the same rank and precision are the same to every figure, and are counted as one
+        kind.
         """
-        (rank, precision), counts = np.unique(np.stack([self.rank, self.precision]), axis=1, return_counts=True)
-        rng, each = np.random.default_rng(seed), max(1, CELLS // len(counts))
+        (rank, precision), kind = np.unique(np.stack([self.rank, self.precision]), axis=1, return_inverse=True)
+        clip = np.unique(self.clip, return_inverse=True)[1]
+        by_kind, clips = np.lexsort((clip, kind)), int(clip.max()) + 1
+        first = np.searchsorted(kind[by_kind], np.arange(len(rank)))
+        rng, each = np.random.default_rng(seed), max(1, CELLS // len(self))
         parts = []
         for start in range(0, resamples, each):
-            drawn = rng.multinomial(len(self), counts / len(self), size=min(each, resamples - start))
-            parts.append(_figures_of_draws(drawn, rank, precision, len(self)))
+            drawn = rng.multinomial(clips, np.full(clips, 1 / clips), size=min(each, resamples - start))
+            parts.append(_figures_of_draws(np.add.reduceat(drawn[:, clip[by_kind]], first, axis=1), rank, precision))
         low, high = np.quantile(np.concatenate(parts), BOUNDS, axis=0)
         return {name: (float(low[n]), float(high[n])) for n, name in enumerate(FIGURES)}
 
@@ -85,7 +91,8 @@ def text_to_audio(
         tokenwise: (N, M) scores of :func:`ask_ray.method.interaction.token_scores`, on any device; then what ranks is
             :func:`ask_ray.method.interaction.combined`.
     """
-    return rank_of_right(text, audio, owner, bias, chunk, None if tokenwise is None else tokenwise.T)
+    found = rank_of_right(text, audio, owner, bias, chunk, None if tokenwise is None else tokenwise.T)
+    return replace(found, clip=owner.cpu().numpy())
 
 
 def rank_of_right(
@@ -97,12 +104,12 @@ def rank_of_right(
     tokenwise: Tensor | None = None,
 ) -> Ranked:
     """Rank candidates (C, d) for queries (Q, d) that have one right candidate each: right (Q,) int64; tokenwise: (Q, C). Others
-    as for :func:`text_to_audio`."""
+    as for :func:`text_to_audio`. Each query counts as a clip."""
     rank = np.empty(len(queries), np.int64)  # made at once: small results kept between large ones would tear the heap
     for mine, scores in _scores(queries, candidates, bias, chunk, tokenwise):
         # The right candidate itself is counted for the one that every rank begins with.
         rank[mine] = _not_lower(scores, scores.gather(1, right[mine, None])).cpu()
-    return Ranked(rank, np.where(rank <= 10, 1 / rank, 0.0))
+    return Ranked(rank, np.where(rank <= 10, 1 / rank, 0.0), np.arange(len(rank)))
 
 
 def audio_to_text(
@@ -130,7 +137,7 @@ def audio_to_text(
         ranks = _ranks_of_right(scores, scores.gather(1, columns), there)
         best[mine] = ranks[:, 0].cpu()
         precision[mine] = _average_precision(ranks, counts[mine]).cpu()
-    return Ranked(best, precision)
+    return Ranked(best, precision, np.arange(len(best)))
 
 
 def _scores(
@@ -173,17 +180,17 @@ def _average_precision(ranks: Tensor, counts: Tensor) -> Tensor:
     return torch.where(found, hits / ranks.double(), 0.0).sum(dim=1) / counts.clamp(max=10)
 
 
-def _figures_of_draws(drawn: np.ndarray, rank: np.ndarray, precision: np.ndarray, queries: int) -> np.ndarray:
+def _figures_of_draws(drawn: np.ndarray, rank: np.ndarray, precision: np.ndarray) -> np.ndarray:
     """(resamples, 6): :data:`FIGURES` of resamples.
 
     Args:
         drawn: (resamples, kinds), how often each kind of query is in a resample.
         rank: (kinds,) ascending.
         precision: (kinds,).
-        queries: in each resample.
     """
     values = np.stack([*(rank <= cutoff for cutoff in CUTOFFS), precision, rank], axis=1)
-    *recalls, map10, mean = (drawn @ values / queries).T
     upto = drawn.cumsum(axis=1)
+    queries = upto[:, -1:]
+    *recalls, map10, mean = (drawn @ values / queries).T
     middle = [rank[(upto < place).sum(axis=1)] for place in ((queries + 1) // 2, queries // 2 + 1)]
     return np.stack([*recalls, map10, np.mean(middle, axis=0), mean], axis=1)
