@@ -30,7 +30,7 @@ from ask_ray import config, scratch
 from ask_ray.config import Settings, UserError
 from ask_ray.models import registry
 from ask_ray.models.dual_encoder import DualEncoder
-from ask_ray.storage import Folder, StorageError, Tell, patiently
+from ask_ray.storage import Folder, StorageError, Tell, digest_file, patiently
 
 PREFIX = "checkpoint_"
 
@@ -90,7 +90,9 @@ def save(
     if memory:
         save_file({name: value.contiguous() for name, value in memory.items()}, folder / MEMORY)
     (folder / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-    state = {"place": asdict(place), "groups": held["param_groups"], "scheduler": _plain(scheduler.state_dict())}
+    digests = {file.name: digest_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    told = {"place": asdict(place), "digests": digests}
+    state = {**told, "groups": held["param_groups"], "scheduler": _plain(scheduler.state_dict())}
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
@@ -130,20 +132,33 @@ def restore(
     place = place_of(folder)
     with _whole(folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(_tensors(folder, "model.safetensors"))
         held: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
+        for key, value in _tensors(folder, "optimizer.safetensors").items():
             parameter, name = key.split(".", 1)
             held.setdefault(int(parameter), {})[name] = value
         groups = optimizer.state_dict()["param_groups"] if fork else state["groups"]
         optimizer.load_state_dict({"state": held, "param_groups": groups})
         if not fork:
             scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
-        states = load_file(folder / "random.safetensors")
+        states = _tensors(folder, "random.safetensors")
         own = {name.split(".", 1)[1]: state for name, state in states.items() if name.startswith(f"rank{rank}.")}
         if own:
             set_random_state(own)
     return place
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A file of tensors by name.
+
+    Raises:
+        ValueError: if it is not the one that was saved.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved = state.get("digests", {}).get(name)  # checkpoints of before have none
+    if saved is not None and digest_file(folder / name) != saved:
+        raise ValueError(f"{name} is not what was saved: its digest is another")
+    return load_file(folder / name)
 
 
 @contextlib.contextmanager
@@ -164,7 +179,7 @@ def memory(folder: Path) -> dict[str, Tensor]:
     if not (folder / MEMORY).exists():
         return {}
     with _whole(folder):
-        return load_file(folder / MEMORY)
+        return _tensors(folder, MEMORY)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -201,7 +216,7 @@ def open_model(folder: Path) -> tuple[DualEncoder, Settings, Place]:
     settings = config.load(document, str(folder / "settings.yaml"))
     model = registry.build(settings.model, settings.data.form.sample_rate, read=False)
     with _whole(folder):
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(_tensors(folder, "model.safetensors"))
     return model.eval(), settings, place
 
 

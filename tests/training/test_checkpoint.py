@@ -20,7 +20,7 @@ from ask_ray.data.batches import Batch, TrainingBatches
 from ask_ray.data.schema import FORMAT, SPLITS
 from ask_ray.models import registry
 from ask_ray.models.weights import WeightsError
-from ask_ray.storage import Folder
+from ask_ray.storage import Folder, digest_file
 from ask_ray.training import checkpoint
 from ask_ray.training.checkpoint import CheckpointError, Place
 from ask_ray.training.step import Stepper
@@ -239,6 +239,9 @@ def test_a_checkpoint_is_opened_though_the_published_weights_that_it_began_with_
     made = registry.build(told.model, 16000, read=False)
     (folder / "settings.yaml").write_text(told.to_yaml())
     save_file(made.state_dict(), folder / "model.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["digests"]["model.safetensors"] = digest_file(folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
     opened, settings, _ = checkpoint.open_model(folder)
     assert settings.model.audio_weights == "gone.pt"
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in opened.state_dict().items())
@@ -254,7 +257,9 @@ def harm(path: Path, how: str) -> None:
     if how == "missing":
         path.unlink()
     else:
-        path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "garbled": b"\xff" * 64}[how])
+        flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+        harmed = {"truncated": content[: len(content) // 2], "emptied": b"", "garbled": b"\xff" * 64, "bit-flipped": flipped}
+        path.write_bytes(harmed[how])
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "emptied", "garbled"])
@@ -264,6 +269,17 @@ def test_damage_is_an_error_that_names_the_folder(trained, tmp_path, name, how):
     harm(folder / name, how)
     with pytest.raises(CheckpointError, match="checkpoint_b"):
         restore(folder, fresh(1))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".safetensors")])
+def test_a_flipped_bit_is_told(trained, tmp_path, name):
+    folder = copied(trained[0], tmp_path / "checkpoint_b")
+    harm(folder / name, "bit-flipped")
+    with pytest.raises(CheckpointError, match=rf"checkpoint_b: cannot be loaded \({name} is not what was saved"):
+        restore(folder, fresh(1))
+    if name == "model.safetensors":
+        with pytest.raises(CheckpointError, match="is not what was saved"):
+            checkpoint.open_model(folder)
 
 
 @pytest.mark.parametrize(
