@@ -37,6 +37,7 @@ class Recorder:
         self._settings, self._folder, self._tags = settings, folder, tags or {}
         self._client: Any = None
         self._warned = False
+        self._failures = 0
         self.run_id = ""
         self.where = ""
 
@@ -57,7 +58,7 @@ class Recorder:
 
     def record(self, event: dict[str, Any]) -> None:
         """Record what of an event is a metric: epochs and evaluations by step, knowledge-base versions as they are
-        published and swapped."""
+        published and swapped, and how many tries of refreshes have failed since this job began."""
         self._safely(lambda: self._record(event))
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
@@ -145,6 +146,9 @@ class Recorder:
             self._metrics({key: event[key] for key in event if key not in ("kind", "time", "step")}, event["step"])
         elif kind == "published":
             self._metrics({f"refresh_{key}": event[key] for key in ("encode_seconds", "build_seconds")}, event["encoder_step"])
+        elif kind == "failed":
+            self._failures += 1
+            self._metrics({"refresh_failures": self._failures}, event["step"])
         elif kind == "swapped" and event["rank"] == 0:
             swap = {f"swap_{key.removeprefix('swap_')}": event[key] for key in ("version", "lag_steps", "swap_ms")}
             self._metrics(swap, event["step"])

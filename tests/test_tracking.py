@@ -22,6 +22,8 @@ EVENTS = [
     {"kind": "epoch", "time": 2.0, "epoch": 1, "step": 20, "loss": 2.5, "note": "text is no metric"},
     {"kind": "epoch", "time": 3.0, "epoch": 2, "step": 40, "loss": 1.5},
     {"kind": "validated", "time": 3.5, "epoch": 1, "step": 20, "t2a_r1": 0.25},
+    {"kind": "failed", "time": 2.2, "version": 1, "step": 20, "attempt": 1, "problem": "text is no metric"},
+    {"kind": "failed", "time": 2.3, "version": 2, "step": 20, "attempt": 2, "problem": "text is no metric"},
     {"kind": "published", "time": 2.5, "version": 1, "encoder_step": 20, "encode_seconds": 2.0, "build_seconds": 0.5},
     {"kind": "swapped", "time": 2.7, "version": 1, "rank": 0, "step": 24, "lag_steps": 4, "swap_ms": 1.5},
     {"kind": "swapped", "time": 2.7, "version": 1, "rank": 1, "step": 24, "lag_steps": 4, "swap_ms": 99.0},
@@ -69,6 +71,7 @@ def test_a_run_is_recorded_with_settings_metrics_and_pictures(storage):
     assert history(storage, run, "loss") == [(20, 2.5), (40, 1.5)]
     assert history(storage, run, "t2a_r1") == [(20, 0.25)]
     assert history(storage, run, "refresh_encode_seconds") == [(20, 2.0)]
+    assert history(storage, run, "refresh_failures") == [(20, 1.0), (20, 2.0)]
     assert history(storage, run, "swap_ms") == [(24, 1.5)]  # rank 0's alone
     assert history(storage, run, "swap_lag_steps") == [(24, 4.0)]
     assert history(storage, run, "final.t2a.r1") == [(40, 0.25)]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError
+from ray.util.metrics import Counter
 
 from ask_ray.cluster import raised_by
 from ask_ray.config import KnowledgeSettings
@@ -153,6 +154,7 @@ class Refiner:
         self._current: ray.ObjectRef | None = None
         self._moved = 0.0
         self._worker: asyncio.Task[None] | None = None
+        self._failures = Counter("ask_ray_refresh_failures", "tries of refreshes that failed", tag_keys=("run",))
         self._storing = asyncio.Lock()  # what is written and removed beside the versions, one after the other
 
     async def _recall(self) -> None:
@@ -309,6 +311,7 @@ class Refiner:
             except Exception as error:
                 problem = _told(error)
                 self._journal.tell("failed", step=request.step, version=self._last, attempt=attempt, problem=problem)
+                self._failures.inc(tags={"run": self._plan.run})
                 if isinstance(_cause(error), HOPELESS):
                     break
                 if attempt < refresh_settings.attempts:

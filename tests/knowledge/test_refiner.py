@@ -51,7 +51,8 @@ def weights(ray_session) -> dict[str, ray.ObjectRef]:
     torch.manual_seed(0)
     good = registry.build(MODEL, RATE).state_dict()
     broken = {name: torch.full_like(value, torch.nan) for name, value in good.items()}
-    return {"good": ray.put(good), "broken": ray.put(broken)}
+    infinite = {name: torch.full_like(value, torch.inf) for name, value in good.items()}
+    return {"good": ray.put(good), "broken": ray.put(broken), "infinite": ray.put(infinite)}
 
 
 class Bench:
@@ -252,7 +253,7 @@ def test_a_request_to_a_refiner_that_is_dead_for_good_ends_with_an_error(bench, 
     requests.stop()
 
 
-def test_what_fails_is_tried_again_then_given_up_and_the_old_version_stays(bench):
+def test_what_fails_is_tried_again_then_given_up_and_the_old_version_stays(bench, scraped):
     blocked = bench.home.local / "v000001"
     blocked.parent.mkdir(parents=True)
     blocked.write_bytes(b"a file where the folder should be")  # the second try has another name
@@ -268,10 +269,12 @@ def test_what_fails_is_tried_again_then_given_up_and_the_old_version_stays(bench
     assert first < failed[0]["time"]
     assert bench.next_after(0) is None
     assert snapshot.versions(bench.home) == []
+    wait_for(lambda: scraped(RUN).get("refresh_failures_total", 0) >= 2)
 
 
-def test_weights_that_are_not_finite_are_refused_once(bench):
-    ticket = bench.request(4, "broken")
+@pytest.mark.parametrize("kind", ["broken", "infinite"])
+def test_weights_that_are_not_finite_are_refused_once(bench, kind):
+    ticket = bench.request(4, kind)
     assert bench.settled(ticket) == (True, None)
     assert "not finite" in bench.outcome(ticket)
     assert [event["attempt"] for event in bench.events("failed")] == [1], "trying again would give the same"
