@@ -178,6 +178,7 @@ WRONG_TYPES = [
     ("ask.rho", [0.5]),
     ("ask.enabled", "perhaps"),
     ("data.corpus", "musiccaps"),
+    ("knowledge.refresh.policy", "sometimes"),
     ("model.audio", 3),
     ("model.audio", "ced"),
     ("model.audio", "ced-huge"),

@@ -41,6 +41,7 @@ from ask_ray.models.dual_encoder import scores
 from ask_ray.models.weights import WeightsError
 from ask_ray.storage import Folder, StorageError
 from ask_ray.training import checkpoint, worker
+from ask_ray.training.gauges import FIGURES
 from ask_ray.training.trainer import RunPlace
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,10 @@ def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: N
     assert told[-1]["influence"] > 0
     assert 0 < told[-1]["corrected_share"] <= 1
     assert told[-1]["corrected_age_steps"] > 0
-    assert {"temperature", "rdm_audio", "consistency", "knowledge_version", "lag_steps", "clips_per_second"} <= set(told[-1])
+    assert {"temperature", "consistency"} | FIGURES.keys() - {"swap_ms", "epoch", "step"} <= told[-1].keys()
+    events = json.loads((folder / "history.json").read_text())
+    begun, first = (next(n for n, event in enumerate(events) if event["kind"] == kind) for kind in ("started", "encoding"))
+    assert any(event["kind"] == "step" for event in events[begun:first]), "training stood still until the pool was there"
 
 
 @pytest.mark.parametrize(
@@ -626,13 +630,16 @@ def test_public_corpora_are_trained_on_once_what_is_evaluated_is_out_of_the_know
     leaking = prepare(settings_of(tmp_path, data=wavcaps).data)
     guarded = prepare(settings_of(tmp_path, data={**wavcaps, "held_out": [str(run.folder)]}).data)
 
+    by_probe = {"policy": "adaptive", "signal": "probe", "probe_steps": 1, "threshold": 1e-6, "unit": "steps", "min_interval": 1}
+    by_probe |= {"mode": "sync", "warmup_epochs": 0}
+
     def settings(source: Corpus) -> Settings:
         return settings_of(
             tmp_path,
             run={"name": "clotho"},
             data=clotho,
             ask={"neighbours": 3, "prototypes": 4},
-            knowledge={"sources": ["train", str(source.folder)], "drift_probe": 4, "refresh": {"warmup_epochs": 0}},
+            knowledge={"sources": ["train", str(source.folder)], "drift_probe": 4, "refresh": by_probe},
             training={"batch_size": 3, "epochs": 2, "evaluate_every": 1},
         )
 
@@ -644,6 +651,12 @@ def test_public_corpora_are_trained_on_once_what_is_evaluated_is_out_of_the_know
     assert result["steps"] == 4
     assert result["final"]["t2a"]["n"] == 3
     assert {row["entries"] for row in result["refreshes"]} == {run.clips("train") + guarded.clips("train")}
+    told = [one for one in json.loads((Path(result["folder"]) / "history.json").read_text()) if one["kind"] == "epoch"]
+    by_source = {key: value for key, value in told[-1].items() if key.startswith(("share_", "reliability_"))}
+    shares = [value for key, value in by_source.items() if key.startswith("share_")]
+    assert len(by_source) == 2 * len(shares) == 4
+    assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+    assert any("RDM" in event["reason"] for event in result["refreshes"]), "the probe reads both sources"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import misbehave
 import pytest
 import ray.cloudpickle
 
-ROWS = pytest.StashKey[list[tuple[str, ...]]]()
+ROWS, BEGAN = pytest.StashKey[list[tuple[str, ...]]](), pytest.StashKey[float]()
 
 HEAD = """# What a run does when something breaks
 
@@ -28,19 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[BEGAN] = [], time.monotonic()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the table: a row for each test, and the rows that are there of those that were not run. Nothing if one failed: a row
-    of its last success would be read as of this code."""
+    """Write the table: a row for each test, with the time of a whole suite, else the rows that are there of those that were not
+    run. Nothing if one failed: a row of its last success would be read as of this code."""
     target, new = session.config.getoption("--table"), session.config.stash[ROWS]
     if target is None or not new or exitstatus:
         return
+    rows = {row[0]: f"| {' | '.join(row)} |" for row in new}
     there = target.read_text().splitlines()[len(HEAD.splitlines()) :] if target.exists() else []
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in there}
-    rows |= {row[0]: f"| {' | '.join(row)} |" for row in new}
-    target.write_text(HEAD + "".join(f"{line}\n" for line in rows.values()))
+    old = {line.split(" | ")[0].removeprefix("| "): line for line in there if line.startswith("| ")}
+    whole = len(rows) >= len(old)
+    took = f"{len(rows)} runs took {(time.monotonic() - session.config.stash[BEGAN]) / 60:.0f} minutes on {os.cpu_count()} cores."
+    last = took if whole else next((line for line in there if line and not line.startswith("| ")), "")
+    target.write_text(HEAD + "".join(f"{line}\n" for line in (rows if whole else old | rows).values()) + f"\n{last}\n")
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ from ask_ray.training.checkpoint import pinned_versions
 
 pytestmark = pytest.mark.faults
 
-#: Epochs of runs that outlive a wait for something to time out.
-LONG = 24
+#: Epochs of runs that outlive a wait for something to time out, and the seconds after which the pool's is over.
+LONG, STALL = 24, 15
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,9 +99,10 @@ def test_the_pool_hangs(home, tell):
         with stopped(watch.processes(POOL)[0]):
             watch.wait("failed", version=1)
 
-    outcome = run_under(settings_of(home, "hang", epochs=LONG, stall_seconds=15), harm)
+    outcome = run_under(settings_of(home, "hang", epochs=LONG, stall_seconds=STALL), harm)
     check_whole(outcome, LONG)
     assert "stall_seconds" in outcome.of("failed")[0]["problem"]
+    assert outcome.still < STALL, "training waited for the pool"
     tell("a pool actor hangs (stopped)", "the refresh made no progress, was ended and tried again", outcome)
 
 
@@ -142,16 +143,21 @@ def test_weights_that_are_sent_for_encoding_are_not_finite(home, tell):
 
 
 def test_training_diverges(home, tell):
+    before: dict[int, int] = {}
+    there: dict[int, int] = {}
+
     def harm(watch: Watch) -> None:
         watch.wait("epoch", epoch=2)
+        before.update(until(lambda: checkpoints(watch.folder), PATIENCE, "a checkpoint"))
         misbehave.order("diverge")
         watch.wait("diverged")
+        there.update(watch.restarted())
 
     outcome = run_under(settings_of(home, "diverged"), harm)
     check_whole(outcome)
     assert len(outcome.of("began")) == 2
     assert "not finite" in outcome.of("diverged")[0]["problem"]
-    assert outcome.repeated <= 2 * STEPS
+    check_restart(outcome, before, there)
     did = "the step was refused, no such checkpoint was saved, and the workers restarted from the last one"
     tell("a weight becomes NaN while training", did, outcome)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from sabotage import POOL, Found, Outcome, running, until
+from sabotage import POOL, Found, Outcome, checkpoints, running, until
 
 from ask_ray.config import Settings, load
+from ask_ray.storage import Folder
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -152,18 +153,21 @@ def test_an_elastic_run_loses_a_node_goes_on_with_one_worker_and_grows_again(clu
     driver = Driver.start(settings, cluster, tmp_path)
     driver.wait(lambda: len(driver.events("epoch")) >= 2, 240, "two epochs")
     assert world_sizes(driver) == [2]
+    saved = Folder(str(driver.folder))
+    before_loss = driver.wait(lambda: checkpoints(saved), 240, "a checkpoint")
     cluster.remove_node(lost, allow_graceful=False)
     driver.wait(lambda: world_sizes(driver) == [2, 1], 240, "a restart with one worker")
+    before_growth = checkpoints(saved)
     add_training_node(cluster)
     driver.wait(lambda: world_sizes(driver) == [2, 1, 2], 240, "a restart with two workers")
     result = driver.result(400)
     check_whole(driver, result, epochs)
     assert result["world_size"] == 2
     _, alone, again = driver.events("began")
-    for begun in (alone, again):  # each went on from the checkpoint of a whole epoch
+    for begun, known in ((alone, before_loss), (again, before_growth)):  # each went on from the checkpoint of a whole epoch
         done = [event for event in driver.events("epoch") if event["time"] < begun["time"]]
         assert (begun["step"], begun["epoch"]) in {(event["step"], event["epoch"]) for event in done}
-        assert begun["epoch"] >= done[-1]["epoch"] - 1
+        assert begun["step"] >= max(known), "a checkpoint that was there was lost"
     steps = {event["epoch"]: event["step"] for event in driver.events("epoch") if alone["time"] < event["time"] < again["time"]}
     assert steps[alone["epoch"] + 1] - alone["step"] == CLIPS // BATCH, "one worker takes the whole epoch"
     assert result["steps"] - again["step"] == (epochs - again["epoch"]) * CLIPS // (2 * BATCH)
