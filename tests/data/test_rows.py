@@ -1,5 +1,6 @@
 """Rows: each id once, splits that stay, and nothing of an evaluation split in the training split."""
 
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +187,16 @@ def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path):
 def test_half_characters_of_json_become_question_marks():
     assert texts(["a dog \ud83d", None, "rain"]) == ("a dog ?", "rain")
     assert row("\ud83d", "train").rejection(MISSING).id == "\\xed\\xa0\\xbd"
+
+
+def test_planning_takes_about_a_kilobyte_a_clip():
+    tracemalloc.start()
+    try:
+        rows = [
+            Row(f"{n:07d}.wav", Path(__file__), (f"a dog barks {n} times, then rain falls",), None, f"a:{n}") for n in range(9000)
+        ]
+        made = planned(rows)
+        assert tracemalloc.get_traced_memory()[1] < 2048 * len(rows)
+    finally:
+        tracemalloc.stop()
+    assert made.usable.nbytes < 200 * len(rows), "the table that every task has"
