@@ -65,12 +65,12 @@ class Trees:
         return root
 
     def retrieval(self) -> Path:
-        """AudioCaps in the retrieval repository's form: 8 training clips, 2 and 3 held out."""
+        """AudioCaps in the retrieval repository's form: 8 training clips, 2 and 3 held out; most recordings are converted."""
         root = self.home / "retrieval"
         for split, clips in (("train", 8), ("val", 2), ("test", 3)):
             names = [f"Y{video(split, n)}.wav" for n in range(clips)]
-            for name in names:
-                self.sound(root / "waveforms" / split / name)
+            for n, name in enumerate(names):
+                self.sound((root / "waveforms" / split / name).with_suffix(f".{ENDINGS[n % 4]}"))
             captions = ["caption"] if split == "train" else [f"caption_{n}" for n in range(1, 6)]
             told = [[name, *(f"{name} as {column}" for column in captions)] for name in names]
             write_csv(root / "csv_files" / f"{split}.csv", ["file_name", *captions], told)
@@ -99,7 +99,7 @@ class Trees:
 
     def wavcaps(self) -> Path:
         """Two clips or more of each source. FreeSound and SoundBible share a number; a blacklist names a clip of AudioSet and
-        one of FreeSound; one recording is missing; one clip has no caption."""
+        one of FreeSound; one recording is missing; one clip has no caption; some recordings are converted."""
         root = self.home / "wavcaps"
         sources = {
             "AudioSet_SL": ("as", [f"Y{video('wavs', n)}.wav" for n in range(3)]),
@@ -112,8 +112,8 @@ class Trees:
             if source == "SoundBible":
                 data += [{"id": "404", "caption": "missing", "duration": 1.0}, {"id": "7", "caption": " ", "duration": 1.0}]
                 self.sound(root / "Audio" / source / "7.flac")
-            for one in ids:
-                self.sound(root / "Audio" / source / f"{one.removesuffix('.wav')}.flac")
+            for n, one in enumerate(ids, 1):
+                self.sound(root / "Audio" / source / f"{one.removesuffix('.wav')}.{ENDINGS[n % 4]}")
             write_json(root / "json_files" / source / f"{short}_final.json", {"num_captions_per_audio": 1, "data": data})
         write_json(root / "json_files/FreeSound/fsd_final_2s.json", {"data": []})
         banned = {"AudioSet": [f"Y{video('wavs', 1)}.wav"], "FreeSound": ["80399", "999"]}
