@@ -12,22 +12,21 @@ help:
 	@echo "make train [ARGS='--ask.rho 0.5 …']  train ASK on Ray from nothing, and print where the results are"
 	@echo "make test                            lint, type-check and test"
 	@echo "make faults                          runs during which processes are killed and files damaged (docs/reliability.md)"
-	@echo "make survival                        sweeps that are killed and interrupted, and go on"
+	@echo "make survival                        whole sweeps, also such as are killed and interrupted, and go on"
 	@echo "make bench                           the measured ratios, in benchmarks/"
 	@echo "make clean                           remove the environment (runs/ and prepared/ stay)"
 
 train: $(READY)
 	$(BIN)/python jobs/train.py $(ARGS)
 
-# Tests that use Ray share one process and its session, and wait most of the time: all others run beside them.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 faults: $(TEST_READY)
 	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults
 
 survival: $(TEST_READY)
-	$(BIN)/python -m pytest -m survival tests/faults
+	$(BIN)/python -m pytest -m survival tests/faults tests/tuning
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

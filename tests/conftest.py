@@ -31,17 +31,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the Hugging Face hub, but for
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nothing is asked for credentials but what a test sets
 
 
-#: Fixtures of tests that start processes of Ray.
-OF_RAY = {"ray_session", "start_job", "swept"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, all that use Ray run in one of them: there is one session, and room for it."""
-    for item in items:
-        if OF_RAY & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 def s3_uri(port: int, path: str, key: str = "a-key", secret: str = "a-s3cr3t") -> str:
     """`bucket/path` on a port of this machine as a URI that every process can open, whatever its environment."""
     return f"s3://{key}:{secret}@{path}?endpoint_override=127.0.0.1:{port}&scheme=http"

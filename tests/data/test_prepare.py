@@ -447,12 +447,13 @@ def test_storage_that_fails_in_a_task_sets_nothing_aside_and_preparing_goes_on_w
 # --- the field's corpora
 
 
-LAYOUTS = ("audiocaps", "clotho", "wavcaps", "parquet")
-CLIPS_OF = {"audiocaps": [12, 2, 4], "clotho": [6, 2, 3], "wavcaps": [6, 1, 2], "parquet": [9, 0, 3]}
+LAYOUTS = ("audiocaps", "retrieval", "clotho", "wavcaps", "parquet")
+CLIPS_OF = {"audiocaps": [12, 2, 4], "retrieval": [8, 2, 3], "clotho": [6, 2, 3], "wavcaps": [6, 1, 2], "parquet": [9, 0, 3]}
 ASIDE_OF = {
     "audiocaps": {
         "empty": 1, "held out by digest": 1, "held out by id": 1, "missing file": 1, "no caption": 1, "unreadable": 1
     },
+    "retrieval": {},
     "clotho": {"held out by source id": 1, "unreadable": 1},
     "wavcaps": {"blacklisted": 2, "empty caption": 1, "missing file": 1},
     "parquet": {"empty": 1, "held out by digest": 1, "unreadable": 1},
@@ -461,8 +462,9 @@ ASIDE_OF = {
 
 def layout_data(name: str, path: Path, prepared: Path, **changes) -> DataSettings:
     section = {"path": str(path)} | ({"validation": 0.1, "test": 0.2} if name == "wavcaps" else {})
+    corpus = "audiocaps" if name == "retrieval" else name
     return DataSettings.model_validate(
-        {"corpus": name, name: section, "prepared": str(prepared), "max_rejected": 0.3, "shard_clips": 5, "sample_rate": 8000}
+        {"corpus": corpus, corpus: section, "prepared": str(prepared), "max_rejected": 0.3, "shard_clips": 5, "sample_rate": 8000}
         | changes
     )
 
