@@ -146,4 +146,6 @@ def test_a_population_takes_over_weights_and_finishes(tmp_path):
         history = json.loads((part / "history.json").read_text())
         begun = next(event for event in history if event["kind"] == "began")
         assert 0 < begun["epoch"] < 8  # with the weights of a run that had trained so long
-        assert next(event for event in history if event["kind"] == "published")["reason"].startswith("begun from")
+        reason = next(event["reason"] for event in history if event["kind"] == "published")
+        # At the end of the first epoch, which is warm-up, the run that is taken over has no knowledge base itself.
+        assert reason.startswith("begun from") or (begun["epoch"], reason) == (1, "warm-up is over")
