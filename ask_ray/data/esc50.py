@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ask_ray.config import SettingsError
 from ask_ray.data import lists
-from ask_ray.data.folders import RECORDINGS
-from ask_ray.data.schema import Rejection, told
+from ask_ray.data.folders import RECORDINGS, held_in
+from ask_ray.data.schema import Rejection
 from ask_ray.storage import is_file, is_folder, local_path
 
 COLUMNS = ("filename", "category")
@@ -43,7 +43,9 @@ def read(folder: str, setting: str) -> Listed:
     root = local_path(folder)
     meta = root / "meta" / "esc50.csv"
     if not is_file(meta) or not is_folder(root / "audio"):
-        raise SettingsError(f"{setting}: {root} does not hold ESC-50: looked for meta/esc50.csv and audio/; found {_there(root)}")
+        raise SettingsError(
+            f"{setting}: {root} does not hold ESC-50: looked for meta/esc50.csv and audio/; found {held_in(root)}"
+        )
     table = lists.read(meta, setting)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
@@ -70,11 +72,3 @@ def _judged(rows: list[dict[str, str | None]], audio: Path, meta: Path, setting:
         if path.suffix.lower() in RECORDINGS.endings and path.name not in known:
             aside.append(Rejection(path.name, str(path), "no category", f"{meta.name} does not name it"))
     return Listed([Labelled(audio / name, category) for name, category in categories.items()], aside)
-
-
-def _there(root: Path) -> str:
-    try:
-        names = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in root.iterdir())
-    except OSError as error:
-        return f"no folder to list ({error.strerror})"
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

@@ -133,7 +133,7 @@ class Tree:
         """The error that the folder holds another thing than the corpus, with what is there."""
         return SettingsError(
             f"{self._setting}: {self.root} does not hold {corpus}: looked for {looked_for} at any depth; "
-            f"found {_held(self.root)}, with {self.held} {self._media.name}s below; "
+            f"found {held_in(self.root)}, with {self.held} {self._media.name}s below; "
             "give the corpus's folder, or choose another data.corpus"
         )
 
@@ -205,13 +205,16 @@ def _manifest_path(root: Path, given: str | None, named: Named) -> Path:
     if len(found) != 1:
         what = "none is there" if not found else f"{', '.join(path.name for path in found)} are there"
         sought = f"looked in {root} for one of {', '.join(names)}"
-        raise SettingsError(f"{named.manifest}: {sought}: {what}; name one; the folder holds {_held(root)}")
+        raise SettingsError(f"{named.manifest}: {sought}: {what}; name one; the folder holds {held_in(root)}")
     return found[0]
 
 
-def _held(folder: Path) -> str:
-    """What a folder holds, as it is told: the first names."""
-    there = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in folder.iterdir())
+def held_in(folder: Path) -> str:
+    """What a folder holds, as it is told: the first names, or why it cannot be listed."""
+    try:
+        there = sorted(told(path.name) + ("/" if is_folder(path) else "") for path in folder.iterdir())
+    except OSError as error:
+        return f"no folder to list ({error.strerror})"
     return ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
 
 
