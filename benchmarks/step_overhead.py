@@ -2,9 +2,10 @@
 
     python benchmarks/step_overhead.py                          tiny towers, then resnet38 + bert
     python benchmarks/step_overhead.py --towers tiny --steps 40
+    python benchmarks/step_overhead.py --device cuda --towers paper --pairs 64 --seconds 10 --entries 1000000 --steps 30
 
-Two data-parallel processes (gloo) hold two copies of the same towers. They take a plain step and an ASK step in turn, on
-the same batches, so that whatever else the machine does falls on both. The knowledge base has 10 000 entries.
+Two data-parallel processes (gloo), or one on a GPU, hold two copies of the same towers. They take a plain step and an ASK step
+in turn, on the same batches, so that whatever else the machine does falls on both. The knowledge base has 10 000 entries.
 """
 
 from __future__ import annotations
@@ -62,33 +63,38 @@ def batch_of(model: DualEncoder, size: int, samples: int, rank: int) -> Batch:
     return Batch(waveforms, torch.full((size,), samples), words, mask, ids, ids * 0)
 
 
-def measure(rank: int, place: str, name: str, entries: int, steps: int | None) -> None:
-    """One process of the pair; rank 0 writes the medians."""
+def measure(rank: int, place: str, name: str, asked: argparse.Namespace) -> None:
+    """One process of as many as there are; rank 0 writes the medians."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=RANKS)
+    device = torch.device(asked.device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, f"file://{place}/meet", rank=rank, world_size=ranks(asked.device))
     audio, text, rate, seconds, size, default_steps, _ = CASES[name]
+    seconds, size = asked.seconds or seconds, asked.pairs or size
     home, model_settings = Folder(place), ModelSettings(audio=audio, text=text)
     base = Settings(model=model_settings)
     plain = base.model_copy(update={"ask": AskSettings(enabled=False)})
     if rank == 0:
-        publish(home, entries, base.model.dim, base.ask.prototypes)
+        publish(home, asked.entries, base.model.dim, base.ask.prototypes)
     torch.distributed.barrier()
-    known = Knowledge(snapshot.open_snapshot(home, 1, "benchmark", base.model.dim), torch.device("cpu"))
+    known = Knowledge(snapshot.open_snapshot(home, 1, "benchmark", base.model.dim), device)
     kinds = {"plain": (plain, None), "ask": (base, known)}
     steppers, batch = {}, None
     for kind, (settings, _) in kinds.items():
         torch.manual_seed(0)
-        model = registry.build(settings.model, rate)
-        batch = batch_of(model, size, round(seconds * rate), rank)
+        model = registry.build(settings.model, rate).to(device)
+        batch = batch_of(model, size, round(seconds * rate), rank).to(device)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        steppers[kind] = Stepper(wrapped, model, settings, 1000, torch.device("cpu"))
+        steppers[kind] = Stepper(wrapped, model, settings, 1000, device)
     assert batch is not None
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for step in range((steps or default_steps) + 1):
+    for step in range((asked.steps or default_steps) + 1):
         for kind in kinds if step % 2 else reversed(list(kinds)):
             torch.distributed.barrier()
             started = time.perf_counter()
             steppers[kind].take(batch, kinds[kind][1])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if step:  # the first step of each warms up
                 taken[kind].append(time.perf_counter() - started)
         if rank == 0:
@@ -99,17 +105,25 @@ def measure(rank: int, place: str, name: str, entries: int, steps: int | None) -
     torch.distributed.destroy_process_group()
 
 
+def ranks(device: str) -> int:
+    """How many processes take part."""
+    return 1 if device == "cuda" else RANKS
+
+
 def main() -> None:
     """Measure the cases asked for and print a line each; exits with 1 if a ratio is above its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--towers", choices=sorted(CASES), nargs="*", default=list(CASES), help="which pairs of towers")
     parser.add_argument("--entries", type=int, default=10_000, help="N, entries of the knowledge base")
     parser.add_argument("--steps", type=int, default=None, help="timed steps of each kind; unset: as many as suit the towers")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="two processes on CPUs, or one on a GPU")
+    parser.add_argument("--pairs", type=int, default=None, help="pairs a process and step; unset: what two cores can hold")
+    parser.add_argument("--seconds", type=float, default=None, help="seconds a clip; unset: as many as suit the towers")
     arguments = parser.parse_args()
     missed = False
     for name in arguments.towers:
         with tempfile.TemporaryDirectory() as place:
-            torch.multiprocessing.spawn(measure, (place, name, arguments.entries, arguments.steps), nprocs=RANKS)
+            torch.multiprocessing.spawn(measure, (place, name, arguments), nprocs=ranks(arguments.device))
             medians = json.loads((Path(place) / "medians.json").read_text(encoding="utf-8"))
         ratio, bar = medians["ask"] / medians["plain"], CASES[name][-1]
         missed |= ratio > bar

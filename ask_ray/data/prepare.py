@@ -1,15 +1,17 @@
 """Preparing a corpus once, with Ray Data: decode, bring to one form, validate, write Parquet.
 
-A shard is the unit: one task writes its Parquet file, a row group at a time, under a temporary name and renames it, so a file
-that is there is whole, an interrupted run is taken up where it stopped, and the files do not depend on how many tasks ran. The
-evaluation splits come first: what they hold is kept out of the training split. The corpus's ``manifest.json`` is written last:
-without it there is no corpus.
+A shard is the unit: its Parquet file is written a row group at a time, under a temporary name, and renamed, so a file that is
+there is whole, an interrupted run is taken up where it stopped, and the files do not depend on how many tasks ran. Training
+shards with samples of an evaluation split are found when all are written, and written again without them. The corpus's
+``manifest.json`` is written last: without it there is no corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -46,6 +48,9 @@ from ask_ray.modality import THINGS, Modality
 from ask_ray.storage import Folder, digest_bytes, masked
 
 Progress = Callable[[int, int], None]
+
+#: The most shards that a task of Ray Data is dealt.
+MOST_SHARDS = 32
 
 
 class PreparingFailed(UserError, RuntimeError):
@@ -153,18 +158,26 @@ def _looked_for(source: Source) -> str:
 def _write_all(
     data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write the evaluation splits, then the training split without what they hold; what each file holds."""
+    """Write all shards, then again those of the training split that have samples of an evaluation split; what each file holds."""
     total = sum(shard.last - shard.first for shard in shards)
     done = 0
-    written: list[dict[str, Any]] = []
-    for training in (False, True):
-        part = [shard for shard in shards if (shard.split == "train") is training]
-        against = _known(folder, written, source.modality).joined(held_out) if training else HeldOut()
-        for row in _run(data, source, folder, part, against):
-            written.append(row)
-            done += row["clips"] + row["rejected"]
-            progress(done, total)
-    return written
+    written: dict[str, dict[str, Any]] = {}
+    for row in _run(data, source, folder, shards, held_out):
+        written[row["name"]] = row
+        done += row["clips"] + row["rejected"]
+        progress(done, total)
+    known = _known(folder, list(written.values()), source.modality)
+    leaking = [
+        shard for shard in shards if shard.split == "train" and not known.digests.keys().isdisjoint(_digests(written, shard))
+    ]
+    for shard in leaking:
+        (folder / "shards").remove(f"{shard.name}.json")  # which makes it one that is not finished
+    written |= {row["name"]: row for row in _run(data, source, folder, leaking, known.joined(held_out))}
+    return list(written.values())
+
+
+def _digests(written: dict[str, dict[str, Any]], shard: Shard) -> list[str]:
+    return list(written[f"{shard.name}.parquet"]["digests"])
 
 
 def _known(folder: Folder, written: list[dict[str, Any]], modality: Modality) -> HeldOut:
@@ -178,25 +191,43 @@ def _known(folder: Folder, written: list[dict[str, Any]], modality: Modality) ->
 
 
 def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut) -> Iterator[dict[str, Any]]:
-    """Write shards with Ray Data; yields what each file holds."""
+    """Write shards with Ray Data; yields what each file holds, when it is there."""
     if not shards:
         return
-    context = ray.data.DataContext.get_current()
+    parts = _dealt(shards, data.prepare_tasks)
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.op_resource_reservation_enabled = False  # with it, two tasks on two CPUs run one after the other most of the time
-    items = ray.data.from_items([{"shard": place} for place in range(len(shards))], override_num_blocks=len(shards))
+    context.target_max_block_size = 1  # bytes: what a task yields is handed on at once
     known = ray.put((source, shards, held_out))
-    written = items.map(
-        partial(_task, known, folder),
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=min(data.prepare_tasks, len(shards))),
-    )
+    with ray.data.DataContext.current(context):
+        written = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).flat_map(
+            partial(_task, known, folder),
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=min(data.prepare_tasks, len(parts))),
+        )
     yield from (json.loads(row["summary"]) for row in written.iter_rows())
 
 
-def _task(known: ray.ObjectRef, folder: Folder, item: dict[str, Any]) -> dict[str, Any]:
+def _dealt(shards: list[Shard], tasks: int) -> list[list[int]]:
+    """The places of shards in parts of about as many clips, one a Ray Data task: as many parts as tasks run at once, or, of many
+    shards, a multiple. Not a task a shard: until Ray Data has handed out the next and Ray has leased it a worker, a CPU idles for
+    up to two seconds. A part's shards lie apart, so that where long recordings follow each other each part has its share."""
+    count = min(len(shards), tasks * math.ceil(len(shards) / (tasks * MOST_SHARDS)))
+    parts: list[list[int]] = [[] for _ in range(count)]
+    least = [(0, part) for part in range(count)]  # a heap: clips, and whose
+    for place in sorted(range(len(shards)), key=lambda place: shards[place].first - shards[place].last):
+        clips, part = heapq.heappop(least)
+        parts[part].append(place)
+        heapq.heappush(least, (clips + shards[place].last - shards[place].first, part))
+    return [sorted(part) for part in parts]
+
+
+def _task(known: ray.ObjectRef, folder: Folder, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     source, shards, held_out = ray.get(known)
-    return {"summary": json.dumps(write_shard(source, shards[int(item["shard"])], folder, held_out))}
+    for place in item["part"]:
+        against = held_out if shards[place].split == "train" else HeldOut()
+        yield {"summary": json.dumps(write_shard(source, shards[place], folder, against))}
 
 
 def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut | None = None) -> dict[str, Any]:
@@ -209,7 +240,7 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
         what the file holds: see :func:`_tally`, and its name and digest.
     """
     name, summary = f"{shard.name}.parquet", f"{shard.name}.json"
-    if not (folder / "clips").exists(name) or not (folder / "shards").exists(summary):
+    if not _finished(folder, name, summary):
         rejected: list[Rejection] = []
         tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
         with (folder / "clips").writing(name) as stream:
@@ -225,6 +256,12 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
         (folder / "rejected").write(name, _parquet(rejected))
         (folder / "shards").write_json(summary, tally)
     return dict((folder / "shards").read_json(summary))
+
+
+def _finished(folder: Folder, name: str, summary: str) -> bool:
+    """Whether a shard needs nothing more."""
+    there = (folder / "clips").exists(name) and (folder / "shards").exists(summary)
+    return there and "digests" in (folder / "shards").read_json(summary)  # summaries of before have none
 
 
 class _Digesting:
@@ -264,19 +301,19 @@ def _kept(found: Iterator[Clip | Picture | Rejection], held_out: HeldOut, reject
 
 
 def _tally(shard: Shard, modality: Modality) -> dict[str, Any]:
-    """Counts of a shard, before any clip; `words`: captions by their number of words. What else there is of a modality is told by
-    :data:`~ask_ray.data.schema.KEPT`."""
+    """Counts of a shard, before any clip; `words`: captions by their number of words; `digests`: of the clips' samples. What else
+    there is of a modality is told by :data:`~ask_ray.data.schema.KEPT`."""
     kept = KEPT[modality]
     added = dict.fromkeys(("clips", "samples", "captions", "most_captions", "source_ids", *kept.added), 0)
-    return {"name": f"{shard.name}.parquet", "split": shard.split, **added} | {
-        name: Counter() for name in (*kept.counted, "words")
-    }
+    counted: dict[str, Counter[str]] = {name: Counter() for name in (*kept.counted, "words")}
+    return {"name": f"{shard.name}.parquet", "split": shard.split, "digests": [], **added, **counted}
 
 
 def _count(tally: dict[str, Any], clips: list[Clip | Picture], modality: Modality) -> None:
     for clip in clips:
         told = clip.tally()
         tally["clips"] += 1
+        tally["digests"].append(clip.digest)
         tally["captions"] += len(clip.captions)
         tally["most_captions"] = max(tally["most_captions"], len(clip.captions))
         tally["source_ids"] += clip.source_id is not None

@@ -10,6 +10,9 @@ import numpy as np
 
 #: Training points per inverted list: FAISS warns below 39 and gains nothing above 256.
 POINTS_PER_LIST = 64
+#: Bytes that an index sets aside on a GPU to search in. By default FAISS takes 1.5 GiB each, and while a version is swapped in
+#: there are four indexes.
+SEARCH_ROOM = 256 * 2**20
 
 
 class Neighbours(NamedTuple):
@@ -91,7 +94,9 @@ def on_gpu(index: faiss.Index, device: int) -> faiss.Index:
         RuntimeError: FAISS's, where the GPU has no room for it.
     """
     if faiss.get_num_gpus() > device:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, index)
+        room = faiss.StandardGpuResources()  # one for each index: two threads must not search with the same
+        room.setTempMemory(SEARCH_ROOM)
+        return faiss.index_cpu_to_gpu(room, device, index)
     return index
 
 

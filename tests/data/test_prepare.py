@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from corpus_trees import write_csv
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ask_ray import experiment
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings, load
 from ask_ray.data.corpora import Shard, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.prepare import PreparingFailed, _fingerprint, _lists, prepare, write_shard
+from ask_ray.data.prepare import MOST_SHARDS, PreparingFailed, _dealt, _fingerprint, _lists, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes
 
@@ -507,6 +509,39 @@ def test_the_files_of_a_layout_do_not_depend_on_the_number_of_tasks(layouts, tre
     for name in ("audiocaps", "parquet"):
         again = prepare(layout_data(name, trees[name], tmp_path, prepare_tasks=4))
         assert contents(home_of(layouts[name])) == contents(home_of(again))
+
+
+def test_a_run_killed_before_its_leaks_were_taken_out_takes_them_out(layouts, trees, tmp_path):
+    """All shards are there with their summaries, and what an evaluation split holds too is still in the training split's."""
+    data = layout_data("audiocaps", trees["audiocaps"], tmp_path)
+    whole = home_of(layouts["audiocaps"])
+    home, source = tmp_path / whole.name, source_of(data)
+    for shard in source.shards():
+        write_shard(source, shard, Folder.at(str(home)))
+    assert contents(home / "clips") != contents(whole / "clips")
+    prepare(data)
+    assert contents(home) == contents(whole)
+
+
+def test_a_shard_whose_summary_is_of_an_earlier_version_is_done_again(soundscape_corpus, tmp_path):
+    home = copied(soundscape_corpus, tmp_path)
+    before = contents(home)
+    (home / "manifest.json").unlink()
+    old = sorted((home / "shards").iterdir())[0]
+    old.write_text(json.dumps({key: value for key, value in json.loads(old.read_text()).items() if key != "digests"}))
+    assert home_of(prepare(soundscape_data(tmp_path))) == home
+    assert contents(home) == before
+
+
+@given(sizes=st.lists(st.integers(1, 256), min_size=1, max_size=400), tasks=st.integers(1, 64))
+def test_every_shard_is_in_one_part_and_parts_have_about_as_many_clips(sizes, tasks):
+    ends = np.cumsum(sizes).tolist()
+    parts = _dealt([Shard("train", n, end - size, end) for n, (size, end) in enumerate(zip(sizes, ends, strict=True))], tasks)
+    assert sorted(place for part in parts for place in part) == list(range(len(sizes)))
+    clips = [sum(sizes[place] for place in part) for part in parts]
+    assert max(clips) - min(clips) <= max(sizes)
+    assert len(parts) == len(sizes) or len(parts) % tasks == 0, "some would wait for the others at the end"
+    assert len(parts) * MOST_SHARDS >= len(sizes)
 
 
 def test_what_another_corpus_is_evaluated_on_is_kept_out_and_named(layouts, trees, tmp_path):
