@@ -98,11 +98,10 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
 
 def _innermost(error: BaseException) -> str:
     """The cause of a task's failure in a line."""
-    if raised := cluster.raised_by(error):
-        return raised
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    told = str(error).strip().splitlines()[:1]  # to which Ray Data adds how to have it tried again
+    return f"{type(error).__name__}: {''.join(told)}"
 
 
 def _fingerprint(data: DataSettings, source: Source, held_out: HeldOut) -> str:
