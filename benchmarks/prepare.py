@@ -4,8 +4,8 @@
     python benchmarks/prepare.py --clips 100 --rounds 1
 
 The clips are made for it: 10 s, 44.1 kHz, stereo, as wav, flac, ogg and mp3 in equal shares. The bare loop is two processes that
-decode with libsndfile, average the channels, resample with soxr, quantise and write Parquet: no checks, no digests, no evaluation
-splits first. Both prepare all clips in turn, and each round begins with the other one, so that whatever else the machine does
+decode with libsndfile, average the channels, resample with soxr, quantise and write Parquet: no checks, no digests, nothing kept
+out of training. Both prepare all clips in turn, and each round begins with the other one, so that whatever else the machine does
 falls on both. Processes are started, and have imported what they need, before the first round.
 """
 

@@ -5,7 +5,8 @@
     python benchmarks/step_overhead.py --device cuda --towers paper --pairs 64 --seconds 10 --entries 1000000 --steps 30
 
 Two data-parallel processes (gloo), or one on a GPU, hold two copies of the same towers. They take a plain step and an ASK step
-in turn, on the same batches, so that whatever else the machine does falls on both. The knowledge base has 10 000 entries.
+in turn, on the same batches, so that whatever else the machine does falls on both. The knowledge base has 10 000 entries, if not
+told otherwise. The bars are for the sizes that two cores can hold, and for these alone.
 """
 
 from __future__ import annotations
@@ -126,10 +127,11 @@ def main() -> None:
             torch.multiprocessing.spawn(measure, (place, name, arguments), nprocs=ranks(arguments.device))
             medians = json.loads((Path(place) / "medians.json").read_text(encoding="utf-8"))
         ratio, bar = medians["ask"] / medians["plain"], CASES[name][-1]
-        missed |= ratio > bar
+        judged = arguments.device == "cpu" and not (arguments.pairs or arguments.seconds)
+        missed |= judged and ratio > bar
         print(
             f"\r{CASES[name][0]} + {CASES[name][1]}, N = {arguments.entries}: plain {medians['plain']:.3f} s, ASK "
-            f"{medians['ask']:.3f} s a step, ratio {ratio:.3f} (bar {bar:.2f})"
+            f"{medians['ask']:.3f} s a step, ratio {ratio:.3f}" + (f" (bar {bar:.2f})" if judged else "")
         )
     raise SystemExit(int(missed))
 

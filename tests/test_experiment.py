@@ -144,9 +144,9 @@ def beside_run(ray_session: None, home: Path) -> Beside:
 
 
 def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: None, home: Path) -> None:
-    # How long a refresh takes beside training is up to the machine: where it is not in use for the last of 8 epochs, there are
+    # How long a refresh takes beside training is up to the machine: where it is not in use for the last of 14 epochs, there are
     # more, in another run.
-    for epochs in (8, 32):
+    for epochs in (14, 32):
         result = experiment.run(
             settings_of(
                 home,
@@ -192,8 +192,8 @@ def test_two_workers_train_while_the_knowledge_base_is_swapped_in(ray_session: N
 @pytest.mark.parametrize(
     ("refresh", "told"),
     [
-        ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.5, "signal": "probe", "probe_steps": 3}, "RDM"),
-        ({"policy": "continuous", "unit": "steps", "min_interval": 4}, "the last is in"),
+        ({"policy": "adaptive", "threshold": 1e-6, "min_interval": 0.75, "signal": "probe", "probe_steps": 3}, "RDM"),
+        ({"policy": "continuous", "unit": "steps", "min_interval": 6}, "the last is in"),
     ],
 )
 def test_policies_refresh_by_what_they_see_and_say_why(ray_session: None, home: Path, refresh: dict, told: str) -> None:

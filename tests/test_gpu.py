@@ -129,7 +129,7 @@ def settings_of(home: Path, name: str, **knowledge: Any) -> Settings:
         "model": {"dim": 32, "width": 0.25},
         "ask": {"prototypes": 16},
         "knowledge": {"refresh": {"interval": 1, "mode": "sync", "poll_steps": 1, "warmup_epochs": 1}} | knowledge,
-        "training": {"epochs": 4, "batch_size": 32, "evaluate_every": 2},
+        "training": {"epochs": 4, "batch_size": 32, "evaluate_every": 2, "workers": 1},
         "tracking": {"enabled": False},
     })  # fmt: skip
 

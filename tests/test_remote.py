@@ -308,6 +308,6 @@ def test_a_shard_is_the_same_on_s3_and_a_local_folder(s3, tmp_path):
     for folder, name in (
         ("clips", f"{shard.name}.parquet"),
         ("rejected", f"{shard.name}.parquet"),
-        ("shards", f"{shard.name}.json"),
+        ("summaries", f"{shard.name}.json"),
     ):
         assert (there / folder).read(name) == (here / folder).read(name)

@@ -43,8 +43,8 @@ def _recordings(manifest: dict[str, Any]) -> Iterator[str]:
     yield from _splits(manifest, cells)
     yield (
         "Seconds a clip (whole seconds) and words a caption: least / median / most. Cut: the recording is longer than "
-        f"{manifest['settings']['keep_seconds']:g} s and goes on. The digest is of the digests of the split's files, which the "
-        "manifest lists."
+        f"{manifest['settings']['keep_seconds']:g} s and goes on. The digest is of what the split's files say and of their "
+        "samples; the manifest has each file's."
     )
 
 
@@ -59,7 +59,7 @@ def _pictures(manifest: dict[str, Any]) -> Iterator[str]:
     yield from _splits(manifest, cells)
     yield (
         "Pixels a side as they are kept and words a caption: least / median / most. Shrunk: the file holds more pixels. The "
-        "digest is of the digests of the split's files, which the manifest lists."
+        "digest is of what the split's files say and of their pixels; the manifest has each file's."
     )
 
 

@@ -60,6 +60,10 @@ class HeldOut:
             state.update(repr(sorted(held)).encode())
         return state.hexdigest()
 
+    def meets(self, digests: Iterable[str]) -> bool:
+        """Whether samples with one of these digests are held out."""
+        return not self.digests.keys().isdisjoint(digests)
+
     def find(self, clip: str | None = None, source_id: str | None = None, digest: str | None = None) -> Found | None:
         """Whether a clip is held out, by the first of what is known of it that says so."""
         for reason, name, held in (

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ask_ray import cluster
+from ask_ray import cluster, lease
 from ask_ray.config import DataSettings, SettingsError, UserError
 from ask_ray.data import card
 from ask_ray.data.corpora import Shard, Source, source_of
@@ -49,8 +49,8 @@ from ask_ray.storage import Folder, digest_bytes, masked
 
 Progress = Callable[[int, int], None]
 
-#: The most shards that a task of Ray Data is dealt.
-MOST_SHARDS = 32
+#: About the most shards that a task of Ray Data is dealt.
+SHARDS = 32
 
 
 class PreparingFailed(UserError, RuntimeError):
@@ -68,6 +68,7 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
         SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot, also of a corpus that
             was prepared under a laxer `data.max_rejected`; if no node can run a task. What shows without decoding is refused
             before anything is decoded.
+        SettingsError: if another driver is preparing the same corpus there.
         StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written; if a recording of a bank
             can no longer be read.
         PreparingFailed: if a task fails; what is finished is kept.
@@ -85,6 +86,13 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
     cluster.check_whole_cpu("data.prepared: preparing")
     shards = source.shards()
     _check_plan(data, source, folder, shards)
+    with lease.held(folder, "data.prepared"):
+        if not folder.exists("manifest.json"):  # another driver may have been at it until now
+            _make(data, source, folder, shards, held_out, progress)
+    return Corpus.open(folder.uri)
+
+
+def _make(data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut, progress: Progress) -> None:
     try:
         written = _write_all(data, source, folder, shards, held_out, progress)
     except ray.exceptions.RayError as error:
@@ -93,15 +101,15 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
             "mended, the same command goes on from there"
         ) from error
     _write_manifest(data, folder, source, written)
-    return Corpus.open(folder.uri)
 
 
 def _innermost(error: BaseException) -> str:
     """The cause of a task's failure in a line."""
+    if raised := cluster.raised_by(error):
+        return raised
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
-    told = str(error).strip().splitlines()[:1]  # to which Ray Data adds how to have it tried again
-    return f"{type(error).__name__}: {''.join(told)}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
 def _fingerprint(data: DataSettings, source: Source, held_out: HeldOut) -> str:
@@ -158,25 +166,25 @@ def _write_all(
     data: DataSettings, source: Source, folder: Folder, shards: list[Shard], held_out: HeldOut, progress: Progress
 ) -> list[dict[str, Any]]:
     """Write all shards, then again those of the training split that have samples of an evaluation split; what each file holds."""
-    total = sum(shard.last - shard.first for shard in shards)
-    done = 0
     written: dict[str, dict[str, Any]] = {}
+    done, total = 0, _clips(shards)
     for row in _run(data, source, folder, shards, held_out):
         written[row["name"]] = row
         done += row["clips"] + row["rejected"]
         progress(done, total)
     known = _known(folder, list(written.values()), source.modality)
-    leaking = [
-        shard for shard in shards if shard.split == "train" and not known.digests.keys().isdisjoint(_digests(written, shard))
-    ]
-    for shard in leaking:
-        (folder / "shards").remove(f"{shard.name}.json")  # which makes it one that is not finished
-    written |= {row["name"]: row for row in _run(data, source, folder, leaking, known.joined(held_out))}
+    leaking = [shard for shard in shards if shard.split == "train" and known.meets(written[f"{shard.name}.parquet"]["digests"])]
+    total += _clips(leaking)
+    for row in _run(data, source, folder, leaking, held_out.joined(known)):
+        written[row["name"]] = row
+        done += row["clips"] + row["rejected"]
+        progress(done, total)
     return list(written.values())
 
 
-def _digests(written: dict[str, dict[str, Any]], shard: Shard) -> list[str]:
-    return list(written[f"{shard.name}.parquet"]["digests"])
+def _clips(shards: list[Shard]) -> int:
+    """How many are planned."""
+    return sum(shard.last - shard.first for shard in shards)
 
 
 def _known(folder: Folder, written: list[dict[str, Any]], modality: Modality) -> HeldOut:
@@ -193,7 +201,10 @@ def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]
     """Write shards with Ray Data; yields what each file holds, when it is there."""
     if not shards:
         return
-    parts = _dealt(shards, data.prepare_tasks)
+    finished = set((folder / "summaries").names())
+    left = [0 if f"{shard.name}.json" in finished else shard.last - shard.first for shard in shards]
+    tasks = max(1, min(data.prepare_tasks, int(ray.cluster_resources().get("CPU", 1))))
+    parts = _dealt(left, tasks)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.op_resource_reservation_enabled = False  # with it, two tasks on two CPUs run one after the other most of the time
@@ -201,91 +212,80 @@ def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]
     known = ray.put((source, shards, held_out))
     with ray.data.DataContext.current(context):
         written = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).flat_map(
-            partial(_task, known, folder),
-            num_cpus=1,
-            compute=ray.data.TaskPoolStrategy(size=min(data.prepare_tasks, len(parts))),
+            partial(_task, known, folder), num_cpus=1, compute=ray.data.TaskPoolStrategy(size=min(tasks, len(parts)))
         )
     yield from (json.loads(row["summary"]) for row in written.iter_rows())
 
 
-def _dealt(shards: list[Shard], tasks: int) -> list[list[int]]:
-    """The places of shards in parts of about as many clips, one a Ray Data task: as many parts as tasks run at once, or, of many
-    shards, a multiple. Not a task a shard: until Ray Data has handed out the next and Ray has leased it a worker, a CPU idles for
-    up to two seconds. A part's shards lie apart, so that where long recordings follow each other each part has its share."""
-    count = min(len(shards), tasks * math.ceil(len(shards) / (tasks * MOST_SHARDS)))
+def _dealt(clips: list[int], tasks: int) -> list[list[int]]:
+    """The places of shards, of which so many clips are left to write, in parts of about as many clips, one a Ray Data task: as
+    many parts as tasks run at once, or, of many shards, a multiple. Not a task a shard: until Ray Data has handed out the next
+    and Ray has leased it a worker, a CPU idles for up to two seconds. A part's shards lie apart, so that where long recordings
+    follow each other each part has its share."""
+    count = min(len(clips), tasks * math.ceil(len(clips) / (tasks * SHARDS)))
     parts: list[list[int]] = [[] for _ in range(count)]
     least = [(0, part) for part in range(count)]  # a heap: clips, and whose
-    for place in sorted(range(len(shards)), key=lambda place: shards[place].first - shards[place].last):
-        clips, part = heapq.heappop(least)
+    for place in sorted(range(len(clips)), key=lambda place: -clips[place]):
+        dealt, part = heapq.heappop(least)
         parts[part].append(place)
-        heapq.heappush(least, (clips + shards[place].last - shards[place].first, part))
+        heapq.heappush(least, (dealt + clips[place], part))
     return [sorted(part) for part in parts]
 
 
 def _task(known: ray.ObjectRef, folder: Folder, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     source, shards, held_out = ray.get(known)
     for place in item["part"]:
-        against = held_out if shards[place].split == "train" else HeldOut()
-        yield {"summary": json.dumps(write_shard(source, shards[place], folder, against))}
+        try:
+            summary = write_shard(source, shards[place], folder, held_out if shards[place].split == "train" else HeldOut())
+        except Exception as error:  # Ray Data takes what a generator raises for a fault of its own
+            raise ray.exceptions.UserCodeException(f"{shards[place].name} could not be written") from error
+        yield {"summary": json.dumps(summary)}
 
 
 def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut | None = None) -> dict[str, Any]:
-    """Prepare one shard, unless its file is there already. Holds a row group of clips at a time.
+    """Prepare one shard, unless its file is there already, without what is held out. Holds a row group of clips at a time.
 
     Args:
         held_out: clips whose samples are set aside if the shard has them.
 
     Returns:
-        what the file holds: see :func:`_tally`, and its name and digest.
+        what the file holds: see :func:`_tally`, and its name and the digest of its clips.
     """
     name, summary = f"{shard.name}.parquet", f"{shard.name}.json"
-    if not _finished(folder, name, summary):
+    if not _finished(folder, name, summary, held_out or HeldOut()):
         rejected: list[Rejection] = []
         tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
-        with (folder / "clips").writing(name) as stream:
-            sink = _Digesting(stream)
-            # Noise-like samples, of sounds as of photographs, hardly compress: the time is better spent elsewhere.
-            with pq.ParquetWriter(sink, schema, compression="none", use_dictionary=False) as writer:
-                clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
-                while group := list(islice(clips, ROW_GROUP)):
-                    writer.write_table(_table([clip.row() for clip in group], schema), ROW_GROUP)
-                    _count(tally, group, source.modality)
-        tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": sink.digest()}
+        state = hashlib.blake2b(digest_size=16)
+        # Noise-like samples, of sounds as of photographs, hardly compress: the time is better spent elsewhere.
+        with (
+            (folder / "clips").writing(name) as stream,
+            pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False) as writer,
+        ):
+            clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
+            while group := list(islice(clips, ROW_GROUP)):
+                rows = [clip.row() for clip in group]
+                writer.write_table(_table(rows, schema), ROW_GROUP)
+                _count(tally, group, source.modality)
+                state.update(b"".join(_identity(row, source.modality) for row in rows))
+        tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": state.hexdigest()}
         tally["leaks"] = [vars(one) for one in rejected if one.reason in LEAKS][: card.EXAMPLES]
         (folder / "rejected").write(name, _parquet(rejected))
-        (folder / "shards").write_json(summary, tally)
-    return dict((folder / "shards").read_json(summary))
+        (folder / "summaries").write_json(summary, tally)
+    return dict((folder / "summaries").read_json(summary))
 
 
-def _finished(folder: Folder, name: str, summary: str) -> bool:
-    """Whether a shard needs nothing more."""
-    there = (folder / "clips").exists(name) and (folder / "shards").exists(summary)
-    return there and "digests" in (folder / "shards").read_json(summary)  # summaries of before have none
+def _identity(row: dict[str, Any], modality: Modality) -> bytes:
+    """All that a clip's row says, of its samples their digest, as a line: the same whichever library writes the file, and at a
+    hundredth of the cost of reading its bytes again."""
+    told = {name: value for name, value in row.items() if name != KEPT[modality].samples}
+    return (json.dumps(told, sort_keys=True) + "\n").encode()
 
 
-class _Digesting:
-    """A stream to write to, and the digest of what was written."""
-
-    closed = False
-
-    def __init__(self, stream: pa.NativeFile) -> None:
-        self._stream = stream
-        self._state = hashlib.blake2b(digest_size=16)
-
-    def write(self, content: Any) -> int:
-        self._state.update(content)
-        self._stream.write(content)
-        return len(content)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """The stream is closed by who opened it."""
-
-    def digest(self) -> str:
-        """As :func:`~ask_ray.storage.digest_bytes` gives it."""
-        return self._state.hexdigest()
+def _finished(folder: Folder, name: str, summary: str, held_out: HeldOut) -> bool:
+    """Whether a shard needs nothing more. That samples which are held out now are still in it is told by its summary, not by what
+    the driver removes: a node may see that late."""
+    there = (folder / "clips").exists(name) and (folder / "summaries").exists(summary)
+    return there and not held_out.meets((folder / "summaries").read_json(summary)["digests"])
 
 
 def _kept(found: Iterator[Clip | Picture | Rejection], held_out: HeldOut, rejected: list[Rejection]) -> Iterator[Clip | Picture]:

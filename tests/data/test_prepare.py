@@ -17,12 +17,12 @@ from corpus_trees import write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ask_ray import experiment
+from ask_ray import experiment, lease
 from ask_ray.config import DataSettings, FolderSettings, SettingsError, SoundscapeSettings, load
 from ask_ray.data.corpora import Shard, source_of
 from ask_ray.data.corpus import Corpus
 from ask_ray.data.held_out import HeldOut
-from ask_ray.data.prepare import MOST_SHARDS, PreparingFailed, _dealt, _fingerprint, _lists, prepare, write_shard
+from ask_ray.data.prepare import SHARDS, PreparingFailed, _dealt, _fingerprint, _lists, prepare, write_shard
 from ask_ray.data.schema import CLIPS, REJECTED, ROW_GROUP, SPLITS
 from ask_ray.storage import Folder, StorageError, digest_bytes
 
@@ -160,7 +160,7 @@ def test_the_manifest_counts_what_the_files_hold(which, request):
             assert parquet.schema_arrow.equals(CLIPS)
             assert all(parquet.metadata.row_group(n).num_rows <= ROW_GROUP for n in range(parquet.num_row_groups))
             found = parquet.read().to_pylist()
-            assert (file["clips"], file["digest"]) == (len(found), digest_bytes(path.read_bytes()))
+            assert (file["clips"], file["digest"]) == (len(found), digest_of(found, corpus.sample_rate))
             rows += found
         assert all(row["split"] == split for row in rows)
         assert told["clips"] == corpus.clips(split) == len(rows)
@@ -176,6 +176,13 @@ def test_the_manifest_counts_what_the_files_hold(which, request):
     listed = {file["name"] for split in SPLITS for file in corpus.manifest["splits"][split]["files"]}
     empty = {path.name for path in walk_files(home / "clips")} - listed
     assert all(pq.read_metadata(home / "clips" / name).num_rows == 0 for name in empty)
+
+
+def digest_of(rows: list[dict], rate: int) -> str:
+    """Of rows as a file gives them, in which seconds have lost digits."""
+    exact = [{**row, "duration": len(row["waveform"]) / rate} for row in rows]
+    lines = [json.dumps({name: row[name] for name in sorted(row) if name != "waveform"}) for row in exact]
+    return digest_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
 def test_soundscapes_have_the_asked_sizes(soundscape_corpus):
@@ -212,7 +219,7 @@ def test_an_interrupted_run_is_completed_without_doing_finished_shards_again(
         lost = sorted((home / "clips").iterdir())[1]
         lost.unlink()
         (home / "manifest.json").unlink()
-        redone = {"manifest.json", "card.md", f"clips/{lost.name}", f"rejected/{lost.name}", f"shards/{lost.stem}.json"}
+        redone = {"manifest.json", "card.md", f"clips/{lost.name}", f"rejected/{lost.name}", f"summaries/{lost.stem}.json"}
         redone |= {"rejected/planning.parquet"} & set(before)
         assert home_of(prepare(data)) == home
         after = times(home)
@@ -224,7 +231,7 @@ def test_a_shard_without_its_summary_is_done_again(soundscape_corpus, tmp_path):
     home = copied(soundscape_corpus, tmp_path)
     before = contents(home)
     (home / "manifest.json").unlink()
-    sorted((home / "shards").iterdir())[0].unlink()
+    sorted((home / "summaries").iterdir())[0].unlink()
     assert home_of(prepare(soundscape_data(tmp_path))) == home
     assert contents(home) == before
 
@@ -387,6 +394,7 @@ def test_progress_ends_at_all_clips(recordings, tmp_path):
     assert {total for _, total in told} == {planned}
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert told[-1] == (planned, planned)
+    assert len(told) == len(source_of(folder_data(recordings, tmp_path)).shards()), "not when a file is there"
 
 
 def test_a_bank_of_recordings_is_prepared_with_its_rejections(tmp_path, write_audio):
@@ -425,10 +433,12 @@ def test_a_task_that_fails_ends_with_the_cause_and_keeps_what_is_finished(ray_se
     settings = load({"data": {"prepared": str(tmp_path), "soundscapes": {"train": 4, "validation": 0, "test": 1, "seconds": 1}}})
     made = prepare(settings.data).folder.local
     (made / "manifest.json").unlink()
-    (made / "shards" / "train-000000.json").unlink()
+    (made / "summaries" / "train-000000.json").unlink()
     shutil.rmtree(made / "clips")
     (made / "clips").write_text("")  # a file where a folder must be: no task can write there
-    with pytest.raises(PreparingFailed, match="Finished files are kept"):
+    with pytest.raises(
+        PreparingFailed, match=r"stopped: (StorageError|NotADirectoryError|FileExistsError): .*Finished files are kept"
+    ):
         prepare(settings.data)
 
 
@@ -505,43 +515,61 @@ def test_nothing_that_is_evaluated_is_trained_on(name, layouts):
         assert not ({*held_out.source_ids} & {*training.source_ids}) - {None}
 
 
+def test_the_job_prepares_a_public_layout_and_tells_what_it_left_out(layouts, trees, tmp_path, start_job):
+    words = ("--corpus", "audiocaps", "--path", str(trees["audiocaps"]), "--out", str(tmp_path / "prepared"))
+    settings = {"sample_rate": "8000", "shard_clips": "5", "max_rejected": "0.3"}
+    job = start_job("prepare", *words, *(word for name, value in settings.items() for word in (f"--data.{name}", value)))
+    assert job.process.wait(timeout=240) == 0, job.output.read_text()
+    (home,) = (tmp_path / "prepared").iterdir()
+    assert contents(home) == contents(home_of(layouts["audiocaps"]))
+    told = job.output.read_text()
+    for reason, count in ASIDE_OF["audiocaps"].items():
+        assert f"set aside: {count} {reason}" in told
+    leaks = [row["id"] for row in rows_below(home / "rejected") if row["reason"].startswith("held out")]
+    assert len(leaks) == 2
+    assert all(f"kept out of training: {leak} (held out by " in told for leak in leaks)
+    assert f"Data card {home / 'card.md'}" in told
+
+
 def test_the_files_of_a_layout_do_not_depend_on_the_number_of_tasks(layouts, trees, tmp_path):
     for name in ("audiocaps", "parquet"):
         again = prepare(layout_data(name, trees[name], tmp_path, prepare_tasks=4))
         assert contents(home_of(layouts[name])) == contents(home_of(again))
 
 
-def test_a_run_killed_before_its_leaks_were_taken_out_takes_them_out(layouts, trees, tmp_path):
-    """All shards are there with their summaries, and what an evaluation split holds too is still in the training split's."""
-    data = layout_data("audiocaps", trees["audiocaps"], tmp_path)
-    whole = home_of(layouts["audiocaps"])
+@pytest.mark.parametrize("left", ["all leaks", "a clean file with the summary of before", "a clean file without its summary"])
+def test_a_run_killed_before_all_its_leaks_were_taken_out_takes_them_out(layouts, trees, tmp_path, left):
+    """What an evaluation split holds too is in the training split's files at first."""
+    data, whole = layout_data("audiocaps", trees["audiocaps"], tmp_path), home_of(layouts["audiocaps"])
     home, source = tmp_path / whole.name, source_of(data)
     for shard in source.shards():
         write_shard(source, shard, Folder.at(str(home)))
-    assert contents(home / "clips") != contents(whole / "clips")
+    leaking = [name for name, content in contents(home / "clips").items() if content != (whole / "clips" / name).read_bytes()]
+    assert leaking
+    assert all(name.startswith("train") for name in leaking)
+    if left != "all leaks":
+        shutil.copy(whole / "clips" / leaking[0], home / "clips" / leaking[0])
+    if left == "a clean file without its summary":
+        (home / "summaries" / leaking[0]).with_suffix(".json").unlink()
     prepare(data)
     assert contents(home) == contents(whole)
 
 
-def test_a_shard_whose_summary_is_of_an_earlier_version_is_done_again(soundscape_corpus, tmp_path):
-    home = copied(soundscape_corpus, tmp_path)
-    before = contents(home)
-    (home / "manifest.json").unlink()
-    old = sorted((home / "shards").iterdir())[0]
-    old.write_text(json.dumps({key: value for key, value in json.loads(old.read_text()).items() if key != "digests"}))
-    assert home_of(prepare(soundscape_data(tmp_path))) == home
-    assert contents(home) == before
+def test_a_corpus_is_prepared_by_one_driver_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    data = soundscape_data(tmp_path)
+    with lease.held(Folder.at(str(tmp_path / name_of(data))), "data.prepared"), pytest.raises(SettingsError, match="under way"):
+        prepare(data)
 
 
-@given(sizes=st.lists(st.integers(1, 256), min_size=1, max_size=400), tasks=st.integers(1, 64))
+@given(sizes=st.lists(st.integers(0, 256), min_size=1, max_size=400), tasks=st.integers(1, 64))
 def test_every_shard_is_in_one_part_and_parts_have_about_as_many_clips(sizes, tasks):
-    ends = np.cumsum(sizes).tolist()
-    parts = _dealt([Shard("train", n, end - size, end) for n, (size, end) in enumerate(zip(sizes, ends, strict=True))], tasks)
+    parts = _dealt(sizes, tasks)
     assert sorted(place for part in parts for place in part) == list(range(len(sizes)))
     clips = [sum(sizes[place] for place in part) for part in parts]
     assert max(clips) - min(clips) <= max(sizes)
     assert len(parts) == len(sizes) or len(parts) % tasks == 0, "some would wait for the others at the end"
-    assert len(parts) * MOST_SHARDS >= len(sizes)
+    assert len(parts) * SHARDS >= len(sizes)
 
 
 def test_what_another_corpus_is_evaluated_on_is_kept_out_and_named(layouts, trees, tmp_path):
@@ -583,17 +611,17 @@ def test_a_killed_run_goes_on_where_it_was_killed(start_job, tmp_path):
     words = [word for pair in zip(scenes, ("240", "4", "4", "2", "1"), strict=True) for word in pair]
     prepared = tmp_path / "killed"
     job = start_job("prepare", *words, "--data.shard_clips", "4", "--data.sample_rate", "8000", "--out", str(prepared))
-    job.kill_when(lambda: len(list(prepared.glob("*/shards/*.json"))) >= 8, seconds=300)
+    job.kill_when(lambda: len(list(prepared.glob("*/summaries/*.json"))) >= 8, seconds=300)
     (home,) = prepared.iterdir()
     assert not (home / "manifest.json").exists()
-    finished = times(home / "shards") | {f"clips/{name}": stamp for name, stamp in times(home / "clips").items()}
-    done = {name.removesuffix(".json") for name in times(home / "shards")}
+    finished = times(home / "summaries") | {f"clips/{name}": stamp for name, stamp in times(home / "clips").items()}
+    done = {name.removesuffix(".json") for name in times(home / "summaries")}
     made = {"train": 240, "validation": 4, "test": 4, "seconds": 2.0, "captions": 1}
     data = DataSettings(prepared=str(prepared), sample_rate=8000, shard_clips=4, soundscapes=SoundscapeSettings(**made))
     again = prepare(data)
     assert home_of(again) == home
     for name in done:
-        assert (home / "shards" / f"{name}.json").stat().st_mtime_ns == finished[f"{name}.json"]
+        assert (home / "summaries" / f"{name}.json").stat().st_mtime_ns == finished[f"{name}.json"]
         assert (home / "clips" / f"{name}.parquet").stat().st_mtime_ns == finished[f"clips/{name}.parquet"]
     alone = prepare(data.model_copy(update={"prepared": str(tmp_path / "alone")}))
     left = {path.name for path in home.rglob(".*")}
