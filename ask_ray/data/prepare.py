@@ -202,7 +202,7 @@ def _run(data: DataSettings, source: Source, folder: Folder, shards: list[Shard]
     if not shards:
         return
     finished = set((folder / "summaries").names())
-    left = [0 if f"{shard.name}.json" in finished else shard.last - shard.first for shard in shards]
+    left = [1 if f"{shard.name}.json" in finished else shard.last - shard.first for shard in shards]  # one: it is looked at
     tasks = max(1, min(data.prepare_tasks, int(ray.cluster_resources().get("CPU", 1))))
     parts = _dealt(left, tasks)
     context = ray.data.DataContext.get_current().copy()

@@ -562,7 +562,7 @@ def test_a_corpus_is_prepared_by_one_driver_at_a_time(tmp_path, monkeypatch):
         prepare(data)
 
 
-@given(sizes=st.lists(st.integers(0, 256), min_size=1, max_size=400), tasks=st.integers(1, 64))
+@given(sizes=st.lists(st.integers(1, 256), min_size=1, max_size=400), tasks=st.integers(1, 64))
 def test_every_shard_is_in_one_part_and_parts_have_about_as_many_clips(sizes, tasks):
     parts = _dealt(sizes, tasks)
     assert sorted(place for part in parts for place in part) == list(range(len(sizes)))
