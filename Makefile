@@ -12,7 +12,7 @@ help:
 	@echo "make train [ARGS='--ask.rho 0.5 …']  train ASK on Ray from nothing, and print where the results are"
 	@echo "make test                            lint, type-check and test"
 	@echo "make faults                          runs during which processes are killed and files damaged (docs/reliability.md)"
-	@echo "make survival                        whole sweeps, also such as are killed and interrupted, and go on"
+	@echo "make survival                        whole sweeps, also such as are killed and interrupted, and storage that goes away"
 	@echo "make bench                           the measured ratios, in benchmarks/"
 	@echo "make clean                           remove the environment (runs/ and prepared/ stay)"
 
@@ -26,7 +26,7 @@ faults: $(TEST_READY)
 	$(BIN)/python -m pytest -m faults --table docs/reliability.md tests/faults
 
 survival: $(TEST_READY)
-	$(BIN)/python -m pytest -m survival tests/faults tests/tuning
+	$(BIN)/python -m pytest -m survival tests/faults tests/tuning tests/test_remote.py
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

@@ -182,6 +182,7 @@ def test_a_run_lives_on_s3_from_the_corpus_to_the_search(ray_session, s3, tmp_pa
         assert s3.secret not in text
 
 
+@pytest.mark.survival
 def test_a_checkpoint_is_saved_though_storage_was_away_and_the_run_goes_on_meanwhile(ray_session, start_s3, tmp_path):
     server = start_s3()
     settings = settings_of(server.uri("bucket/runs"), str(tmp_path / "prepared"), tmp_path, epochs=12)

@@ -219,7 +219,7 @@ def test_an_index_that_a_gpu_has_no_room_for_is_not_taken_for_damaged(tmp_path, 
     home, full = Folder.at(str(tmp_path)), RuntimeError("alloc fail")
     put(home, 1)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=lambda size: None), raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", fail_by(full), raising=False)
     with pytest.raises(RuntimeError) as raised:
         Replica(None, home, RUN, DIM, torch.device("cuda"), Told(), 0).open(1, lambda _: None)

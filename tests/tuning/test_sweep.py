@@ -107,6 +107,7 @@ def test_a_sweep_that_is_under_way_is_not_driven_twice(home, ray_session, monkey
         begin(home, RHO, {**GRID, "name": "driven"})
 
 
+@pytest.mark.survival
 def test_a_sweep_lives_on_object_storage_and_is_continued_there(ray_session, s3, tmp_path):
     place = Folder.at(s3.uri("bucket/sweeps")) / "far"
     settings = {
