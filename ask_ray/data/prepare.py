@@ -256,10 +256,10 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
         rejected: list[Rejection] = []
         tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
         state = hashlib.blake2b(digest_size=16)
-        # Noise-like samples, of sounds as of photographs, hardly compress: the time is better spent elsewhere.
+        # Noise-like samples, of sounds as of photographs, hardly compress, and nobody asks for the least and the greatest of them.
         with (
             (folder / "clips").writing(name) as stream,
-            pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False) as writer,
+            pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
         ):
             clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
             while group := list(islice(clips, ROW_GROUP)):
