@@ -256,7 +256,7 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
         rejected: list[Rejection] = []
         tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
         state = hashlib.blake2b(digest_size=16)
-        # Noise-like samples, of sounds as of photographs, hardly compress, and nobody asks for the least and the greatest of them.
+        # Noise-like samples, of sounds as of photographs, hardly compress, and nobody asks for their least and greatest.
         with (
             (folder / "clips").writing(name) as stream,
             pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
