@@ -1,4 +1,4 @@
-"""One driver at a time: what a run's or a sweep's driver writes beside it, so that no second one takes it up meanwhile."""
+"""One driver at a time: what the driver of a run, a sweep or a corpus writes there, so that no second takes it up meanwhile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Driver:
 
 @contextlib.contextmanager
 def held(folder: Folder, setting: str) -> Iterator[None]:
-    """Drive the run or sweep in a folder, alone, as long as the `with` lasts.
+    """Drive the run or sweep in a folder, or prepare the corpus, alone, as long as the `with` lasts.
 
     A driver that was killed is known by its process, on the machine where it ran; elsewhere by its beats, which are
     waited for. No storage here offers a lock: two drivers that start within the same moment are not told apart.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from runs import quiet, settings_of
 from safetensors.torch import load_file
 
 from ask_ray import experiment, inspection
-from ask_ray.config import AskSettings, Settings, load
+from ask_ray.config import AskSettings, Settings
 from ask_ray.data.corpus import Corpus
 from ask_ray.knowledge import index, snapshot
 from ask_ray.knowledge.replica import Knowledge
@@ -117,25 +116,10 @@ def test_two_versions_at_once_take_little_more_of_a_gpu_than_their_rows(tmp_path
 ASK = AskSettings()
 
 
-def settings_of(home: Path, name: str, **knowledge: Any) -> Settings:
-    """A run of seconds, of which one GPU is shared by a worker and the pool."""
-    return load({
-        "run": {"storage": str(home / "runs"), "name": name},
-        "data": {
-            "prepared": str(home / "prepared"),
-            "shard_clips": 64,
-            "soundscapes": {"train": 256, "validation": 32, "test": 48, "seconds": 1.5, "captions": 2},
-        },
-        "model": {"dim": 32, "width": 0.25},
-        "ask": {"prototypes": 16},
-        "knowledge": {"refresh": {"interval": 1, "mode": "sync", "poll_steps": 1, "warmup_epochs": 1}} | knowledge,
-        "training": {"epochs": 4, "batch_size": 32, "evaluate_every": 2, "workers": 1},
-        "tracking": {"enabled": False},
-    })  # fmt: skip
-
-
-def quiet() -> Console:
-    return Console(file=open(os.devnull, "w"), width=120)  # noqa: PTH123
+def settings_on_gpu(home: Path, name: str, **knowledge: Any) -> Settings:
+    """A run of seconds, of which one GPU is shared by a worker and the pool; without corrections, unless they are asked for."""
+    of = {"corrections": {"write_back": False, "drift_map": False}} | knowledge
+    return settings_of(home, run={"name": name}, knowledge=of)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +129,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("exact_below", [50_000, 0], ids=["flat", "inverted lists"])
 def test_a_run_and_its_pool_share_a_gpu(ray_session: None, home: Path, exact_below: int) -> None:
-    result = experiment.run(settings_of(home, f"shared-{exact_below}", exact_below=exact_below), quiet())
+    result = experiment.run(settings_on_gpu(home, f"shared-{exact_below}", exact_below=exact_below), quiet())
     assert result["device"].startswith("cuda")
-    assert [row["encoder_step"] for row in result["refreshes"]] == [8, 16, 24, 32]
-    assert all(row["entries"] == 256 for row in result["refreshes"])
+    assert [row["encoder_step"] for row in result["refreshes"]] == [8, 16, 24]
+    assert all(row["entries"] == 128 for row in result["refreshes"])
     drift = drift_of_newest(result["folder"])
     assert max(drift.values()) < 1e-4, "what the pool encoded on the GPU is what the weights give on the CPU"
 
@@ -166,7 +150,7 @@ def drift_of_newest(run: str) -> dict[str, float]:
 
 def test_corrections_keep_a_base_of_their_own_on_the_cpu(ray_session: None, home: Path) -> None:
     corrections = {"write_back": True, "drift_map": True}
-    result = experiment.run(settings_of(home, "corrected", corrections=corrections), quiet())
+    result = experiment.run(settings_on_gpu(home, "corrected", corrections=corrections), quiet())
     events = json.loads((Path(result["folder"]) / "history.json").read_text())
     last = [event for event in events if event["kind"] == "epoch"][-1]
     assert result["device"].startswith("cuda")
@@ -174,7 +158,7 @@ def test_corrections_keep_a_base_of_their_own_on_the_cpu(ray_session: None, home
 
 
 def test_a_run_killed_on_a_gpu_goes_on_by_name(ray_session: None, home: Path, start_job: Callable) -> None:
-    settings = settings_of(home, "killed")
+    settings = settings_on_gpu(home, "killed")
     file = home / "killed.yaml"
     file.write_text(settings.to_yaml())
     run = Folder(str(home / "runs" / "killed"))
@@ -183,7 +167,7 @@ def test_a_run_killed_on_a_gpu_goes_on_by_name(ray_session: None, home: Path, st
     heard: list[dict] = []
     result = experiment.run(settings, quiet(), listen=heard.append)
     (began,) = (event for event in heard if event["kind"] == "began")
-    assert 0 < began["step"] < 32
-    assert result["steps"] == 32
+    assert 0 < began["step"] < 24
+    assert result["steps"] == 24
     with checkpoint.newest(Folder(result["folder"])) as folder:
         assert "rank0.cuda" in load_file(folder / "random.safetensors")

@@ -67,8 +67,7 @@ def prepare(data: DataSettings, progress: Progress = lambda done, total: None) -
     Raises:
         SettingsError: if the source is missing or malformed, nothing in it can be used, or too much cannot, also of a corpus that
             was prepared under a laxer `data.max_rejected`; if no node can run a task. What shows without decoding is refused
-            before anything is decoded.
-        SettingsError: if another driver is preparing the same corpus there.
+            before anything is decoded. Also if another driver is preparing the same corpus there.
         StorageError: if `data.prepared` cannot be read or, where the corpus is not there yet, written; if a recording of a bank
             can no longer be read.
         PreparingFailed: if a task fails; what is finished is kept.
@@ -252,25 +251,26 @@ def write_shard(source: Source, shard: Shard, folder: Folder, held_out: HeldOut 
         what the file holds: see :func:`_tally`, and its name and the digest of its clips.
     """
     name, summary = f"{shard.name}.parquet", f"{shard.name}.json"
-    if not _finished(folder, name, summary, held_out or HeldOut()):
-        rejected: list[Rejection] = []
-        tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
-        state = hashlib.blake2b(digest_size=16)
-        # Noise-like samples, of sounds as of photographs, hardly compress, and nobody asks for their least and greatest.
-        with (
-            (folder / "clips").writing(name) as stream,
-            pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
-        ):
-            clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
-            while group := list(islice(clips, ROW_GROUP)):
-                rows = [clip.row() for clip in group]
-                writer.write_table(_table(rows, schema), ROW_GROUP)
-                _count(tally, group, source.modality)
-                state.update(b"".join(_identity(row, source.modality) for row in rows))
-        tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": state.hexdigest()}
-        tally["leaks"] = [vars(one) for one in rejected if one.reason in LEAKS][: card.EXAMPLES]
-        (folder / "rejected").write(name, _parquet(rejected))
-        (folder / "summaries").write_json(summary, tally)
+    if (there := _finished(folder, name, summary, held_out or HeldOut())) is not None:
+        return there
+    rejected: list[Rejection] = []
+    tally, schema = _tally(shard, source.modality), KEPT[source.modality].schema
+    state = hashlib.blake2b(digest_size=16)
+    # Noise-like samples, of sounds as of photographs, hardly compress, and nobody asks for their least and greatest.
+    with (
+        (folder / "clips").writing(name) as stream,
+        pq.ParquetWriter(stream, schema, compression="none", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        clips = _kept(source.clips(shard), held_out or HeldOut(), rejected)
+        while group := list(islice(clips, ROW_GROUP)):
+            rows = [clip.row() for clip in group]
+            writer.write_table(_table(rows, schema), ROW_GROUP)
+            _count(tally, group, source.modality)
+            state.update(b"".join(_identity(row, source.modality) for row in rows))
+    tally |= {"rejected": len(rejected), "reasons": Counter(one.reason for one in rejected), "digest": state.hexdigest()}
+    tally["leaks"] = [vars(one) for one in rejected if one.reason in LEAKS][: card.EXAMPLES]
+    (folder / "rejected").write(name, _parquet(rejected))
+    (folder / "summaries").write_json(summary, tally)
     return dict((folder / "summaries").read_json(summary))
 
 
@@ -281,11 +281,12 @@ def _identity(row: dict[str, Any], modality: Modality) -> bytes:
     return (json.dumps(told, sort_keys=True) + "\n").encode()
 
 
-def _finished(folder: Folder, name: str, summary: str, held_out: HeldOut) -> bool:
-    """Whether a shard needs nothing more. That samples which are held out now are still in it is told by its summary, not by what
-    the driver removes: a node may see that late."""
-    there = (folder / "clips").exists(name) and (folder / "summaries").exists(summary)
-    return there and not held_out.meets((folder / "summaries").read_json(summary)["digests"])
+def _finished(folder: Folder, name: str, summary: str, held_out: HeldOut) -> dict[str, Any] | None:
+    """The summary of a shard that needs nothing more: its file is there, and nothing in it is held out by now."""
+    if not (folder / "clips").exists(name) or not (folder / "summaries").exists(summary):
+        return None
+    told: dict[str, Any] = (folder / "summaries").read_json(summary)
+    return None if held_out.meets(told["digests"]) else told
 
 
 def _kept(found: Iterator[Clip | Picture | Rejection], held_out: HeldOut, rejected: list[Rejection]) -> Iterator[Clip | Picture]:
